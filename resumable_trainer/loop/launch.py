@@ -1,0 +1,227 @@
+"""How this process was started, and how the command line hands a run to the script it starts.
+
+The command line runs the script inside its own process, so that a service manager signals the
+trainer itself, and so that the lock is taken and the signal handlers stand before torch is
+imported. What it knows it leaves here; the script's `Run` picks it up. Free of torch.
+"""
+
+from __future__ import annotations
+
+import atexit
+import os
+import sys
+import sysconfig
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from resumable_trainer.durable.digest import digest_bytes
+from resumable_trainer.durable.journal import Journal, read_rows
+from resumable_trainer.durable.lock import RunLock
+from resumable_trainer.errors import RunHeldError
+
+RUN_LOCK, EVENTS = "run.lock", "events.jsonl"
+
+
+@dataclass(frozen=True)
+class Command:
+    """A command that starts a training.
+
+    Attributes:
+        python: The interpreter's path.
+        script: The script's absolute path; None if a module is run.
+        module: The module's name (`python -m`); None if a script is run.
+        args: Arguments after it.
+        cwd: Working directory.
+    """
+
+    python: str
+    script: str | None
+    module: str | None
+    args: tuple[str, ...]
+    cwd: str
+
+    @classmethod
+    def current(cls) -> Command:
+        """The command that started this process, whoever started it."""
+        main = sys.modules.get("__main__")
+        spec = getattr(main, "__spec__", None)
+        module = None if spec is None else spec.name.removesuffix(".__main__")
+        file = getattr(main, "__file__", None)
+        script = None if module or not file else str(Path(file).resolve())
+        return cls(sys.executable, script, module, tuple(sys.argv[1:]), str(Path.cwd()))
+
+    @classmethod
+    def from_json(cls, fields: dict[str, Any]) -> Command:
+        """The way back of `to_json`."""
+        return cls(**{**fields, "args": tuple(fields["args"])})
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values for `run.json` and the events."""
+        return {**asdict(self), "args": list(self.args)}
+
+    @property
+    def name(self) -> str:
+        """Name of the script or module, without suffix; names a run directory by default."""
+        if self.script is not None:
+            return Path(self.script).stem
+        return self.module.rpartition(".")[2] if self.module else "interactive"
+
+    def same_work(self, other: Command) -> bool:
+        """Whether both start the same script with the same arguments in the same place."""
+        mine, theirs = asdict(self), asdict(other)
+        mine.pop("python"), theirs.pop("python")
+        return mine == theirs
+
+    def __str__(self) -> str:
+        target = self.script if self.module is None else f"-m {self.module}"
+        return " ".join(filter(None, [target, *self.args]))
+
+
+@dataclass
+class Handover:
+    """What the command line hands to the `Run` in the script that it starts.
+
+    Attributes:
+        command: The command being run, as it is to be recorded.
+        directory: The run directory for a script that names none.
+        target: The run directory that was asked for, where `which` and `fresh` apply.
+        which: Snapshot to continue from: "latest", "best", a step, "epoch:N".
+        fresh: Set the old line aside first.
+        strict: Refuse on drift.
+        locks: Locks already taken, by resolved run directory.
+    """
+
+    command: Command | None = None
+    directory: Path | None = None
+    target: Path | None = None
+    which: str = "latest"
+    fresh: bool = False
+    strict: bool = False
+    locks: dict[Path, RunLock] = field(default_factory=dict)
+
+    def applies_to(self, directory: Path) -> bool:
+        """Whether `which` and `fresh` are meant for this run directory."""
+        return self.target is None or self.target.resolve() == directory.resolve()
+
+
+@dataclass
+class Process:
+    """What this process has opened; one instance, `process`, because a process is one."""
+
+    handover: Handover = field(default_factory=Handover)
+    opened: dict[Path, int] = field(default_factory=dict)
+    failed: bool = False
+    exit_recorded: bool = False
+
+    def note_opened(self, directory: Path, generation: int) -> None:
+        """Remember a run opened by this process; its exit will be noted in the run's events."""
+        if not self.opened:
+            atexit.register(self._at_exit, os.getpid())
+        self.opened[directory.resolve()] = generation
+
+    def _at_exit(self, pid: int) -> None:
+        if os.getpid() == pid and not self.exit_recorded and not self.failed:
+            self.record_exit(0)
+
+    def record_exit(self, code: int) -> None:
+        """Note in the events of every run opened here how the process ended.
+
+        Only this tells a later start that the whole command is done, and not merely one of the runs
+        that it opens. A run that somebody else holds by now is left alone.
+        """
+        self.exit_recorded = True
+        sources = source_digests() if code == 0 else {}
+        for directory, generation in self.opened.items():
+            try:
+                _append_event(
+                    directory, {"event": "exited", "generation": generation, "code": code, "sources": sources}
+                )
+            except (RunHeldError, OSError):
+                continue  # best effort: without the note the next start merely takes the long way
+
+
+process = Process()
+
+
+def _append_event(directory: Path, event: dict[str, Any]) -> None:
+    lock = RunLock(directory / RUN_LOCK)
+    with lock.held_again():
+        journal = Journal.open(directory / EVENTS)
+        try:
+            journal.append(event)
+            journal.sync()
+        finally:
+            journal.close()
+
+
+def default_directory(command: Command) -> Path:
+    """`runs/<name of the script>`, below the working directory."""
+    return Path("runs") / command.name
+
+
+def source_digests() -> dict[str, str]:
+    """Digest of every source file of the user's that this process has loaded, by absolute path."""
+    digests = {}
+    for module in list(sys.modules.values()):
+        file = getattr(module, "__file__", None)
+        if file and _is_users(file):
+            try:
+                digests[str(Path(file).resolve())] = digest_bytes(Path(file).read_bytes())
+            except OSError:
+                continue
+    return dict(sorted(digests.items()))
+
+
+def _is_users(file: str) -> bool:
+    """Whether a source file is the user's, not the interpreter's, an installed package's or ours."""
+    path = str(Path(file).resolve())
+    foreign = [sysconfig.get_path(key) for key in ("stdlib", "platstdlib", "purelib", "platlib")]
+    foreign.append(str(Path(__file__).resolve().parent.parent))
+    return path.endswith(".py") and not any(path.startswith(str(Path(p).resolve()) + os.sep) for p in foreign)
+
+
+def unchanged_since(sources: dict[str, str]) -> bool:
+    """Whether all source files still have the digests that were recorded; False if none were."""
+    return bool(sources) and all(_digest_or_none(path) == digest for path, digest in sources.items())
+
+
+def _digest_or_none(path: str) -> str | None:
+    try:
+        return digest_bytes(Path(path).read_bytes())
+    except OSError:
+        return None
+
+
+def last_events(directory: Path, kinds: tuple[str, ...]) -> dict[str, dict[str, Any]]:
+    """The newest event of each kind."""
+    path = directory / EVENTS
+    found: dict[str, dict[str, Any]] = {}
+    for row in read_rows(path) if path.exists() else ():
+        if row.get("event") in kinds:
+            found[row["event"]] = row
+    return found
+
+
+def recorded_command(directory: Path) -> Command | None:
+    """The command that last started a run; None if it was never started from a script."""
+    launched = last_events(directory, ("launched",)).get("launched")
+    if launched is None or launched.get("command") is None:
+        return None
+    return Command.from_json(launched["command"])
+
+
+def command_is_done(directory: Path, command: Command | None = None) -> bool:
+    """Whether starting the recorded command again would do nothing at all.
+
+    It would not if the process of the newest launch ran to its end with exit code 0, none of the
+    user's source files has changed, and (where `command` is given) it is the recorded one.
+    """
+    events = last_events(directory, ("launched", "exited"))
+    launched, exited = events.get("launched"), events.get("exited")
+    if launched is None or exited is None or launched.get("command") is None:
+        return False
+    if exited["generation"] != launched["generation"] or exited["code"] != 0:
+        return False
+    recorded = Command.from_json(launched["command"])
+    return (command is None or command.same_work(recorded)) and unchanged_since(exited["sources"])

@@ -1,0 +1,112 @@
+"""What a module holds beside its `state_dict`: modes and gradients under accumulation.
+
+*Modes* are `training` flags and `requires_grad`: code that froze a layer in epoch 3, or forgot
+`model.train()` after an evaluation, must find the same after a resume as if never killed.
+
+*Gradients* matter between a backward and the optimizer step that uses them. They are saved only
+then: a parameter whose optimizer stepped in the batch just finished has had its gradient used, and
+only *that* it had one is kept (as zeros, which is what the next `zero_grad` leaves anyway).
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+
+if TYPE_CHECKING:
+    from collections.abc import Collection, Iterator, Mapping
+
+
+class StepWatch:
+    """Knows which optimizers have stepped since the batch under way began.
+
+    Cost: one method call per optimizer step.
+    """
+
+    def __init__(self, state: Mapping[str, object]) -> None:
+        self._stepped: set[int] = set()
+        self._optimizers = [part for part in state.values() if isinstance(part, Optimizer)]
+        self._handles = [o.register_step_post_hook(self._note) for o in self._optimizers]
+
+    def _note(self, optimizer: Optimizer, _args: Any, _kwargs: Any) -> None:
+        self._stepped.add(id(optimizer))
+
+    def batch_begins(self) -> None:
+        """What stepped before is of no account for the coming batch."""
+        self._stepped.clear()
+
+    def used_gradients(self) -> set[int]:
+        """`id` of every parameter whose optimizer has stepped since the batch began."""
+        stepped = [optimizer for optimizer in self._optimizers if id(optimizer) in self._stepped]
+        return {id(p) for o in stepped for group in o.param_groups for p in group["params"]}
+
+    def close(self) -> None:
+        """Take the hooks off."""
+        for handle in self._handles:
+            handle.remove()
+
+
+def capture_modes(state: Mapping[str, object]) -> dict[str, Any]:
+    """Training flags and frozen parameters of all modules, as short lists of exceptions."""
+    return {
+        name: {
+            "training": part.training,
+            "otherwise": [n for n, m in part.named_modules() if m.training != part.training],
+            "frozen": [n for n, p in part.named_parameters() if not p.requires_grad],
+        }
+        for name, part in state.items()
+        if isinstance(part, nn.Module)
+    }
+
+
+def restore_modes(state: Mapping[str, object], saved: Mapping[str, Any]) -> None:
+    """The way back of `capture_modes`."""
+    for name, part in state.items():
+        if isinstance(part, nn.Module) and name in saved:
+            modes = saved[name]
+            otherwise, frozen = set(modes["otherwise"]), set(modes["frozen"])
+            for module_name, module in part.named_modules():
+                module.training = modes["training"] != (module_name in otherwise)
+            for parameter_name, parameter in part.named_parameters():
+                parameter.requires_grad_(parameter_name not in frozen)
+
+
+def capture_gradients(state: Mapping[str, object], *, used: Collection[int]) -> dict[str, Any]:
+    """Gradients still to be used (live tensors), and the names of those that were used."""
+    pending: dict[str, dict[str, torch.Tensor]] = {}
+    spent: dict[str, list[str]] = {}
+    for name, parameter_name, parameter in _parameters(state):
+        if parameter.grad is None:
+            continue
+        if id(parameter) in used:
+            spent.setdefault(name, []).append(parameter_name)
+        else:
+            pending.setdefault(name, {})[parameter_name] = parameter.grad
+    return {"pending": pending, "spent": spent}
+
+
+def restore_gradients(state: Mapping[str, object], saved: Mapping[str, Any]) -> None:
+    """The way back of `capture_gradients`; every other gradient is None, as it was."""
+    spent = {name: set(names) for name, names in saved["spent"].items()}
+    for name, parameter_name, parameter in _parameters(state):
+        pending = saved["pending"].get(name, {}).get(parameter_name)
+        if pending is not None:
+            parameter.grad = pending.to(parameter.device)
+        elif parameter_name in spent.get(name, ()):
+            parameter.grad = torch.zeros_like(parameter)
+        else:
+            parameter.grad = None
+
+
+def _parameters(state: Mapping[str, object]) -> Iterator[tuple[str, str, nn.Parameter]]:
+    """Each parameter of all modules once, under the first name that leads to it."""
+    seen: set[int] = set()
+    for name, part in state.items():
+        if isinstance(part, nn.Module):
+            for parameter_name, parameter in part.named_parameters():
+                if id(parameter) not in seen:
+                    seen.add(id(parameter))
+                    yield name, parameter_name, parameter
