@@ -1,0 +1,249 @@
+"""The one place that changes files of a run: every create, write, sync, rename and removal.
+
+Policy: nothing is written in place. New bytes go into new files, are synced, and only then get the
+name under which they are looked for; a removal first takes the name away. So a process killed, or
+a machine that loses power, between any two calls leaves either the old or the new state.
+
+Cost: one sync per file and two per directory; a sync is what makes "saved" true.
+
+`Files` holds the primitive calls; the functions below compose them. Tests hand in a subclass that
+fails or dies at any one of them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import errno
+import os
+import secrets
+import sys
+from typing import TYPE_CHECKING, Self
+
+from resumable_trainer.durable.digest import Digest, FileDigest
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from pathlib import Path
+    from types import TracebackType
+
+    from typing_extensions import Buffer
+
+TEMPORARY_PREFIX = ".tmp-"
+TRASH_PREFIX = ".trash-"
+_AT_FDCWD = -100
+_RENAME_NOREPLACE = 1
+
+
+class Files:
+    """Primitive operations, each one or two system calls; permissions follow the umask."""
+
+    def make_directory(self, path: Path) -> None:
+        """Make a directory that is not there yet."""
+        os.mkdir(path)
+
+    def create(self, path: Path) -> int:
+        """Open a new file for writing; `FileExistsError` if the name is taken, links included."""
+        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+        return os.open(path, flags, 0o666)
+
+    def open_append(self, path: Path) -> int:
+        """Open a file for reading and appending; made if it is not there."""
+        flags = os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW | os.O_CLOEXEC
+        return os.open(path, flags, 0o666)
+
+    def write(self, fd: int, data: Buffer) -> int:
+        """Write some of `data`; how many bytes were taken (may be short)."""
+        return os.write(fd, data)
+
+    def sync(self, fd: int) -> None:
+        """Make a file's content durable. Never called again on a file whose sync failed.
+
+        After an error the kernel may mark the lost pages clean, and the next sync reports success
+        (Rebello et al., ATC 2020): the attempt must be thrown away, the bytes written anew.
+        """
+        if sys.platform == "darwin":
+            import fcntl
+
+            # macOS: fsync leaves the data in the drive's cache.
+            fcntl.fcntl(fd, fcntl.F_FULLFSYNC)
+        else:
+            os.fsync(fd)
+
+    def truncate(self, fd: int, length: int) -> None:
+        """Cut a file."""
+        os.ftruncate(fd, length)
+
+    def close(self, fd: int) -> None:
+        """Close a file; an error here means that its content may be lost."""
+        os.close(fd)
+
+    def rename(self, source: Path, target: Path) -> None:
+        """Give a new name that must be free; `FileExistsError` if it is taken."""
+        if _rename_noreplace(source, target):
+            return
+        if os.path.lexists(target):
+            raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(target))
+        os.rename(source, target)
+
+    def replace(self, source: Path, target: Path) -> None:
+        """Give a name, taking it from whatever had it."""
+        os.replace(source, target)
+
+    def sync_directory(self, path: Path) -> None:
+        """Make a directory's entries durable."""
+        fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            os.fsync(fd)
+        finally:
+            os.close(fd)
+
+    def remove_file(self, path: Path) -> None:
+        """Remove a file or link."""
+        os.unlink(path)
+
+    def remove_empty_directory(self, path: Path) -> None:
+        """Remove a directory that has no entries left."""
+        os.rmdir(path)
+
+
+def _rename_noreplace(source: Path, target: Path) -> bool:
+    """`renameat2(RENAME_NOREPLACE)`; False where the system or file system does not have it."""
+    if _RENAMEAT2 is None:
+        return False
+    flag = ctypes.c_uint(_RENAME_NOREPLACE)
+    if _RENAMEAT2(_AT_FDCWD, os.fsencode(source), _AT_FDCWD, os.fsencode(target), flag) == 0:
+        return True
+    number = ctypes.get_errno()
+    if number in (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP):
+        return False
+    raise OSError(number, os.strerror(number), str(source), None, str(target))
+
+
+def _find_renameat2() -> Callable[..., int] | None:
+    if not sys.platform.startswith("linux"):
+        return None
+    try:
+        found = ctypes.CDLL(None, use_errno=True).renameat2
+    except (OSError, AttributeError):
+        return None
+    found.argtypes = [ctypes.c_int, ctypes.c_char_p, ctypes.c_int, ctypes.c_char_p, ctypes.c_uint]
+    return found  # type: ignore[no-any-return] # ctypes functions carry no types
+
+
+_RENAMEAT2 = _find_renameat2()
+
+
+class NewFile:
+    """Streaming writer of one new file, hashing what it writes.
+
+    Leaving the block without an error syncs and closes the file. After an error the file is closed
+    and left as it is: it lies in a temporary directory that is swept.
+
+    Args:
+        path: Where; the name must be free.
+        files: Primitive operations.
+    """
+
+    def __init__(self, path: Path, *, files: Files) -> None:
+        self._path = path
+        self._files = files
+        self._digest = Digest()
+        self._fd = -1
+
+    def __enter__(self) -> Self:
+        self._fd = self._files.create(self._path)
+        return self
+
+    def write(self, data: Buffer) -> None:
+        """Write all of `data`; short writes are legal and continued."""
+        view = memoryview(data).cast("B")
+        self._digest.update(view)
+        while view.nbytes:
+            written = self._files.write(self._fd, view)
+            view = view[written:]
+
+    @property
+    def digest(self) -> FileDigest:
+        """Length and digest of what was written so far."""
+        return self._digest.value()
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        if kind is not None:
+            with contextlib.suppress(OSError):
+                self._files.close(self._fd)
+            return
+        try:
+            self._files.sync(self._fd)
+        except BaseException:
+            with contextlib.suppress(OSError):
+                self._files.close(self._fd)
+            raise
+        self._files.close(self._fd)
+
+
+def write_new_file(files: Files, path: Path, data: Buffer) -> FileDigest:
+    """Write a whole new file; its content is durable, its name once the directory is synced."""
+    with NewFile(path, files=files) as file:
+        file.write(data)
+    return file.digest
+
+
+def write_replacing(files: Files, path: Path, data: Buffer) -> None:
+    """Put new content under a name, all or nothing, durable on return."""
+    temporary = path.with_name(f"{TEMPORARY_PREFIX}{path.name}-{secrets.token_hex(4)}")
+    write_new_file(files, temporary, data)
+    # Crash here: the old content stands; the temporary file is swept at the next start.
+    files.replace(temporary, path)
+    files.sync_directory(path.parent)
+
+
+def commit_directory(files: Files, temporary: Path, final: Path, *, check: Callable[[], None]) -> None:
+    """Give a directory whose files are all synced its final name, durable on return.
+
+    Args:
+        files: Primitive operations.
+        temporary: The finished directory, beside its final place.
+        final: The name under which it counts; must be free.
+        check: Called last before the name is given; raises if the right to publish is lost.
+    """
+    files.sync_directory(temporary)
+    check()
+    # Crash here: the directory has its temporary name, does not count, and is swept.
+    files.rename(temporary, final)
+    # Crash here: it may be found under either name after power loss; complete in both cases.
+    files.sync_directory(final.parent)
+
+
+def move_directory(files: Files, source: Path, target: Path) -> None:
+    """Move a file or directory within the run directory, durable on return; the name must be free."""
+    files.rename(source, target)
+    # The new name first: power loss between the two leaves both names or the new one, never neither.
+    files.sync_directory(target.parent)
+    if source.parent != target.parent:
+        files.sync_directory(source.parent)
+
+
+def remove_tree(files: Files, path: Path) -> None:
+    """Remove a directory and all below it.
+
+    It loses its name first, durably, so that a kill in the middle cannot leave half of it under a
+    name that counts; what remains is swept at the next start.
+    """
+    trash = path
+    if not path.name.startswith((TRASH_PREFIX, TEMPORARY_PREFIX)):
+        trash = path.with_name(f"{TRASH_PREFIX}{path.name}-{secrets.token_hex(4)}")
+        files.rename(path, trash)
+        files.sync_directory(path.parent)
+    _remove_below(files, trash)
+
+
+def _remove_below(files: Files, path: Path) -> None:
+    if path.is_symlink() or not path.is_dir():
+        files.remove_file(path)
+        return
+    for entry in sorted(path.iterdir()):
+        _remove_below(files, entry)
+    files.remove_empty_directory(path)

@@ -1,0 +1,130 @@
+"""Notices: signals that ask the run to save, and leave.
+
+SIGTERM and SIGINT: save at the next boundary and leave (75, 130). SIGUSR1: save and go on. A
+second SIGINT or SIGTERM leaves at once; what is durable stays durable.
+
+Policy: a handler sets a flag and calls the handler that stood there before, nothing else; saving
+inside a handler deadlocks sooner or later. The loop polls the flag between batches of training and
+of evaluation. Free of torch: the command line installs the handlers before torch is imported, as a
+SIGTERM before that would kill at once.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import threading
+from typing import TYPE_CHECKING, Any
+
+from resumable_trainer.errors import ExitCode, ResumableTrainerError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from types import FrameType, TracebackType
+
+_LEAVE = (signal.SIGTERM, signal.SIGINT)
+_EXIT_CODES = {signal.SIGTERM: ExitCode.PREEMPTED, signal.SIGINT: ExitCode.INTERRUPTED}
+
+
+class Notices:
+    """What has been asked of this process; `notices` is the one instance, as signals are per process."""
+
+    def __init__(self) -> None:
+        self.leave: signal.Signals | None = None
+        self.save = False
+        self.pending = False  # the one flag that the loop polls between batches
+        self._previous: dict[signal.Signals, Any] = {}
+        self._pid = os.getpid()
+
+    def install(self) -> None:
+        """Stand in for SIGTERM, SIGINT and SIGUSR1; a second call changes nothing.
+
+        A SIGINT that is ignored (a job in the background of a shell) stays ignored. Outside the main
+        thread Python allows no handlers: then none are installed, and the run is not notified.
+        """
+        if threading.current_thread() is not threading.main_thread():
+            return
+        self._pid = os.getpid()
+        for number in (*_LEAVE, signal.SIGUSR1):
+            current = signal.getsignal(number)
+            if current == self._handle or (number == signal.SIGINT and current == signal.SIG_IGN):
+                continue
+            self._previous[number] = current
+            signal.signal(number, self._handle)
+
+    def uninstall(self) -> None:
+        """Put back what stood there before, unless somebody has replaced ours since."""
+        if threading.current_thread() is not threading.main_thread():
+            return
+        for number, previous in self._previous.items():
+            if signal.getsignal(number) == self._handle and previous is not None:
+                signal.signal(number, previous)
+        self._previous.clear()
+
+    def served(self) -> None:
+        """A request to save has been met; the one to leave stays."""
+        self.save = False
+        self.pending = self.leave is not None
+
+    def reset(self) -> None:
+        """Forget everything asked (a run in a notebook cell was interrupted and has left)."""
+        self.leave, self.save, self.pending = None, False, False
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        if os.getpid() != self._pid:
+            return  # a forked child that has not set its own handlers yet: the notice is the parent's
+        name = signal.Signals(number)
+        if name in _LEAVE and self.leave is not None:
+            _leave_now(name)
+        if name in _LEAVE:
+            self.leave = name
+        else:
+            self.save = True
+        self.pending = True
+        previous = self._previous.get(name)
+        if callable(previous) and previous is not signal.default_int_handler:
+            previous(number, frame)
+
+
+def _leave_now(name: signal.Signals) -> None:
+    """Second request: no unwinding, no saving; a snapshot being written is swept at the next start."""
+    line = f"\nresumable-trainer: second {name.name}, leaving at once; the last durable snapshot stands\n"
+    os.write(2, line.encode())
+    os._exit(_EXIT_CODES[name])
+
+
+notices = Notices()
+
+_previous_hook: Callable[..., Any] | None = None
+
+
+def install_excepthook(on_failure: Callable[[], None] | None = None) -> None:
+    """Let uncaught errors end the process as the table of exit codes says; idempotent.
+
+    An error of ours prints its one line; anything else keeps its traceback and exits with 70.
+    CPython exits with the code of a SystemExit that an excepthook raises.
+    """
+    global _previous_hook
+    if _previous_hook is not None:
+        return
+    _previous_hook = sys.excepthook
+
+    def hook(kind: type[BaseException], error: BaseException, traceback: TracebackType | None) -> None:
+        if on_failure is not None:
+            on_failure()
+        raise SystemExit(report_error(kind, error, traceback))
+
+    sys.excepthook = hook
+
+
+def report_error(kind: type[BaseException], error: BaseException, traceback: TracebackType | None) -> int:
+    """Show an uncaught error to a person; the exit code that it stands for."""
+    if isinstance(error, ResumableTrainerError):
+        print(f"resumable-trainer: {error}", file=sys.stderr)  # noqa: T201 - the last thing the process says
+        return int(error.exit_code)
+    if issubclass(kind, KeyboardInterrupt):
+        return int(ExitCode.INTERRUPTED)
+    show = _previous_hook if _previous_hook is not None else sys.__excepthook__
+    show(kind, error, traceback)
+    return int(ExitCode.FAILED)

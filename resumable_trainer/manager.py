@@ -1,0 +1,572 @@
+"""StateManager: the live state of a training, and its snapshots on disk.
+
+Knows parts and snapshots, and nothing of loops: it serves `Run`, and people whose loop is somebody
+else's. Holds the run's lock while open, and is the only place where `state/` and `snapshot/` meet.
+
+What a snapshot costs the training thread: one copy of the state in memory (`stage`). Files, digests,
+syncs, the commit and retention happen in a background thread, one snapshot at a time; a second one
+waits. An error there is raised at the next call and at close.
+"""
+
+from __future__ import annotations
+
+import datetime
+import os
+import secrets
+import threading
+import time
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, Self
+
+from resumable_trainer.durable.files import Files
+from resumable_trainer.durable.journal import Journal, Mark
+from resumable_trainer.durable.lock import RunLock
+from resumable_trainer.errors import (
+    DamagedSnapshotError,
+    NotFoundError,
+    ResumableTrainerError,
+    SettingsError,
+    SnapshotWriteError,
+    StateMismatchError,
+    UsageError,
+)
+from resumable_trainer.snapshot.layout import EVENTS, RUN_LOCK, Position, parse_name, snapshot_name
+from resumable_trainer.snapshot.manifest import Best, Manifest
+from resumable_trainer.snapshot.reader import Reader
+from resumable_trainer.snapshot.retention import Kept, to_delete
+from resumable_trainer.snapshot.store import Store
+from resumable_trainer.snapshot.tree import Flat, flatten
+from resumable_trainer.snapshot.writer import write_files
+from resumable_trainer.state import generators, modes, staging
+from resumable_trainer.state.parts import capture_part, check_parts, mismatches, restore_part, unfaithful
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Collection, Mapping, Sequence
+    from types import TracebackType
+
+    from resumable_trainer.metrics.early_stopping import BestValue
+
+Outcome = Literal["finished", "stopped_early"]
+Retain = "Callable[[Sequence[Kept]], list[str]]"
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What a manifest says beside the state.
+
+    Attributes:
+        position: Where the run stands.
+        epoch_complete: Whether `position.epoch` epochs are finished, nothing of the next begun.
+        journal: Mark in the metric journal up to which rows belong to this snapshot.
+        outcome: Set on the snapshot with which the run ended.
+        best: Best value so far, and where.
+        metrics: Values of the newest epoch row.
+        settings: Settings of optimizers and schedulers as the script builds them.
+        depends_on: What the numbers depend on (drift facts).
+        saved_by: Versions.
+    """
+
+    position: Position
+    epoch_complete: bool = False
+    journal: Mark | None = None
+    outcome: Outcome | None = None
+    best: BestValue | None = None
+    metrics: Mapping[str, float] = field(default_factory=dict)
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    depends_on: Mapping[str, Any] = field(default_factory=dict)
+    saved_by: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def name(self) -> str:
+        """Name of the snapshot's directory."""
+        return snapshot_name(self.position, epoch_complete=self.epoch_complete)
+
+
+class PendingSnapshot:
+    """A snapshot on its way to the disk.
+
+    Attributes:
+        name: Its directory's name below `snapshots/`.
+    """
+
+    def __init__(self, name: str, write: Callable[[], None], *, background: bool) -> None:
+        self.name = name
+        self._write = write
+        self._error: BaseException | None = None
+        self._thread = threading.Thread(target=self._run, name=f"snapshot {name}") if background else None
+        if self._thread is None:
+            self._run()
+            self.wait()
+        else:
+            self._thread.start()
+
+    def _run(self) -> None:
+        try:
+            self._write()
+        except BaseException as error:  # noqa: BLE001 - thread edge: it is raised by wait() in the caller's thread
+            self._error = error
+
+    @property
+    def done(self) -> bool:
+        """Whether it is durable, or has failed."""
+        return self._thread is None or not self._thread.is_alive()
+
+    def wait(self) -> None:
+        """Block until the snapshot is durable.
+
+        Raises:
+            SnapshotWriteError: It could not be made durable; older snapshots stand.
+        """
+        if self._thread is not None:
+            self._thread.join()
+        if self._error is not None:
+            error, self._error = self._error, None
+            raise error
+
+
+@dataclass(frozen=True)
+class RestoreReport:
+    """What `restore` found and did.
+
+    Attributes:
+        snapshot: Name of the snapshot that was restored; None if there is none yet.
+        manifest: Its manifest.
+        sections: Sections beside the parts that were saved with it (the loop's own).
+        quarantined: Damaged snapshots put aside on the way, with the reason for each.
+        set_aside: Newer snapshots set aside because an older one was asked for.
+        notes: Lines for a person: what could not be restored exactly.
+    """
+
+    snapshot: str | None = None
+    manifest: Manifest | None = None
+    sections: Mapping[str, Any] = field(default_factory=dict)
+    quarantined: Mapping[str, str] = field(default_factory=dict)
+    set_aside: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
+
+
+class StateManager:
+    """Captures, saves and restores a set of named parts in one run directory.
+
+    Use it as a context manager, or call `open()` and `close()`.
+
+    Args:
+        directory: The run directory; made if it is not there.
+        state: Parts by name: modules, optimizers, schedulers, scalers, anything with `state_dict()`
+            and `load_state_dict()`, and random generators.
+        retain: Which snapshots to delete, given all of them, oldest first. Default: keep the last 3.
+        lock: A lock of this directory that the caller has taken already.
+        command: What to tell others who find the run held.
+        files: Primitive file operations.
+
+    Raises:
+        SettingsError: A part that could not be captured.
+    """
+
+    def __init__(
+        self,
+        directory: str | os.PathLike[str],
+        *,
+        state: Mapping[str, object],
+        retain: Callable[[Sequence[Kept]], list[str]] | None = None,
+        lock: RunLock | None = None,
+        command: str = "",
+        files: Files | None = None,
+    ) -> None:
+        check_parts(state)
+        self.directory = Path(directory)
+        self.state = dict(state)
+        self.run_id = ""
+        self.files = files if files is not None else Files()
+        self.store = Store(self.directory, files=self.files)
+        self.swept: list[str] = []
+        self._retain = retain or partial(to_delete, keep_last=3, keep_best=0, keep_every=None)
+        self._lock = lock
+        self._command = command
+        self._events: Journal | None = None
+        self._in_flight: PendingSnapshot | None = None
+        self._parent: Manifest | None = None
+        self._kept: list[Kept] | None = None
+        self._used_gradients: Callable[[], Collection[int]] = frozenset
+        self.last_commit: tuple[str, float] | None = None
+
+    # -- life -------------------------------------------------------------------------------------
+
+    def open(self) -> Self:
+        """Take the lock, and sweep what dead processes left unfinished.
+
+        Raises:
+            RunHeldError: Another process holds the run.
+        """
+        self.directory.mkdir(parents=True, exist_ok=True)
+        if self._lock is None:
+            self._lock = RunLock(self.directory / RUN_LOCK)
+            self._lock.acquire(known_generation=self._newest_generation(), command=self._command)
+        try:
+            self._events = Journal.open(self.directory / EVENTS, files=self.files)
+            # Crash here: nothing but unfinished directories is gone; the sweep begins anew at the next start.
+            self.swept = self.store.sweep()
+        except BaseException:
+            self._lock.release()
+            raise
+        return self
+
+    def close(self) -> None:
+        """Wait for the snapshot in flight and release the lock.
+
+        Raises:
+            SnapshotWriteError: The snapshot in flight could not be made durable.
+        """
+        try:
+            self.wait()
+        finally:
+            if self._events is not None:
+                self._events.close()
+                self._events = None
+            if self._lock is not None:
+                self._lock.release()
+                self._lock = None
+
+    def __enter__(self) -> Self:
+        return self.open()
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+    @property
+    def lock(self) -> RunLock:
+        """The run's lock, held while the manager is open."""
+        if self._lock is None or self._events is None:
+            raise UsageError(
+                f"the state manager of {self.directory} is not open",
+                path=self.directory,
+                hint="use it in a with statement, or call open()",
+            )
+        return self._lock
+
+    def note(self, event: str, **fields: Any) -> None:
+        """Append a row to the run's events, with the time and the generation."""
+        generation = self.lock.generation
+        assert self._events is not None
+        self._events.append({"event": event, "time": _now(), "generation": generation, **fields})
+        self._events.flush()
+
+    def _newest_generation(self) -> int:
+        """Generation of the newest readable manifest: the lock file itself may have been lost."""
+        for name in reversed(self.store.names()):
+            try:
+                return self.store.verify(name).generation
+            except DamagedSnapshotError:
+                continue
+        return 0
+
+    # -- saving -----------------------------------------------------------------------------------
+
+    def watch_gradients(self, used: Callable[[], Collection[int]]) -> None:
+        """Let `used` say whose gradients an optimizer step has used; by default all are saved."""
+        self._used_gradients = used
+
+    def stage(self, sections: Mapping[str, object] | None = None) -> Flat:
+        """A copy of the whole state that later training cannot change; blocks for one memory copy.
+
+        Args:
+            sections: Trees to be saved beside the parts. `"generators"`, if given, stands in for the
+                global generators as they are now.
+
+        Raises:
+            UnsafeValueError: A value of the state has no safe form on disk.
+        """
+        used = self._used_gradients()
+        gradients = modes.capture_gradients(self.state, used=used)
+        trees: dict[str, object] = {name: capture_part(part) for name, part in self.state.items()}
+        trees["modes"] = modes.capture_modes(self.state)
+        trees["gradients"] = gradients
+        trees["generators"] = generators.capture_global()
+        trees.update(sections or {})
+        flat = flatten(trees)
+        return Flat(values=flat.values, tensors=staging.stage(flat.tensors))
+
+    def write(
+        self,
+        staged: Flat,
+        facts: Facts,
+        *,
+        background: bool = True,
+        before_commit: Callable[[], None] | None = None,
+    ) -> PendingSnapshot:
+        """Write a staged state and commit it.
+
+        Args:
+            staged: What `stage` gave.
+            facts: What the manifest is to say.
+            background: Return at once and write in a thread; waits first for a snapshot in flight.
+            before_commit: Called in the writing thread before the manifest is written: makes durable
+                what the manifest speaks of (the metric journal).
+
+        Raises:
+            SnapshotWriteError: This one (if not in the background) or the one before it could not
+                be made durable.
+        """
+        self.wait()
+        write = partial(self._write_and_commit, staged, facts, before_commit)
+        pending = PendingSnapshot(facts.name, write, background=background)
+        self._in_flight = pending
+        return pending
+
+    def snapshot(
+        self,
+        *,
+        epoch: int,
+        batch: int,
+        step: int,
+        metrics: Mapping[str, float] | None = None,
+        background: bool = True,
+    ) -> PendingSnapshot:
+        """Save the whole state as it is now, at the given position.
+
+        `batch=0` with `epoch>0` means that `epoch` epochs are complete. Blocks for one memory copy
+        of the state, and for the snapshot before it.
+
+        Raises:
+            SettingsError: A position that cannot be.
+            SnapshotWriteError: The snapshot before this one could not be made durable.
+            UnsafeValueError: A value of the state has no safe form on disk.
+        """
+        if min(epoch, batch, step) < 0:
+            raise SettingsError(f"snapshot: position epoch={epoch} batch={batch} step={step} is negative")
+        position = Position(epoch=epoch, batch=batch, step=step)
+        complete = batch == 0 and epoch > 0
+        facts = Facts(position=position, epoch_complete=complete, metrics=dict(metrics or {}))
+        return self.write(self.stage(), facts, background=background)
+
+    def wait(self) -> None:
+        """Block until the snapshot in flight is durable; raise what went wrong with it."""
+        pending, self._in_flight = self._in_flight, None
+        if pending is not None:
+            pending.wait()
+
+    def poll(self) -> None:
+        """Raise the error of a snapshot that has failed meanwhile; never blocks."""
+        if self._in_flight is not None and self._in_flight.done:
+            self.wait()
+
+    def _write_and_commit(
+        self, staged: Flat, facts: Facts, before_commit: Callable[[], None] | None
+    ) -> None:
+        started = time.monotonic()
+        name = facts.name
+        try:
+            if name in self.store.names():
+                return  # this very position is durable already
+            temporary = self.store.begin(name, token=f"{self.lock.generation}-{secrets.token_hex(4)}")
+            entries = write_files(self.files, temporary, staged)
+            if before_commit is not None:
+                # Invariant: rows are durable before the manifest whose mark counts them.
+                before_commit()
+            manifest = self._manifest(facts, entries)
+            self.store.write_manifest(temporary, manifest)
+            self.store.commit(temporary, name, check=self.lock.check)
+        except OSError as error:
+            if isinstance(error, ResumableTrainerError):
+                raise
+            raise self._write_error(name, error) from error
+        # Crash here: the snapshot is durable; only old ones that retention would delete are still there.
+        seconds = time.monotonic() - started
+        num_bytes = sum(entry.num_bytes for entry in entries.values())
+        self._parent = manifest
+        self.last_commit = (name, seconds)
+        self.note("committed", snapshot=name, step=facts.position.step, bytes=num_bytes, seconds=round(seconds, 6))
+        self.lock.note_step(facts.position.step)
+        self._delete_old(manifest)
+
+    def _write_error(self, name: str, error: OSError) -> SnapshotWriteError:
+        last = self.last_commit[0] if self.last_commit else (self._parent.name if self._parent else None)
+        return SnapshotWriteError(
+            f"snapshot {name} in {self.directory} was NOT saved: {error}; "
+            + (f"the last durable one is {last}" if last else "there is no durable one yet"),
+            path=self.directory,
+            hint="free space or repair the disk, then start the same command again",
+        )
+
+    def _manifest(self, facts: Facts, entries: Mapping[str, Any]) -> Manifest:
+        best = facts.best
+        return Manifest(
+            run_id=self.run_id,
+            generation=self.lock.generation,
+            name=facts.name,
+            position=facts.position,
+            epoch_complete=facts.epoch_complete,
+            parent=self._parent.name if self._parent else None,
+            parent_digest=self._parent.own_digest if self._parent else None,
+            created=_now(),
+            files=dict(entries),
+            journal=facts.journal,
+            outcome=facts.outcome,
+            best=None if best is None else Best(best.metric, best.value, best.epoch, best.step),
+            metrics=dict(facts.metrics),
+            settings=dict(facts.settings),
+            depends_on=dict(facts.depends_on),
+            saved_by=dict(facts.saved_by),
+        )
+
+    def _delete_old(self, manifest: Manifest) -> None:
+        """Apply retention; only now, when the new snapshot is durable."""
+        kept = self._all_kept()
+        kept.append(_kept(manifest))
+        doomed = set(self._retain(kept)) - {manifest.name}
+        self._kept = [snapshot for snapshot in kept if snapshot.name not in doomed]
+        for name in sorted(doomed):
+            self.store.delete(name)
+
+    def _all_kept(self) -> list[Kept]:
+        """Facts for retention of every committed snapshot, read from disk once and then kept."""
+        if self._kept is None:
+            self._kept = []
+            for name in self.store.names():
+                try:
+                    self._kept.append(_kept(self.store.manifest(name)))
+                except DamagedSnapshotError:
+                    continue  # stays where it is: retention deletes only what it can read
+            self._kept = [k for k in self._kept if self._parent is None or k.name != self._parent.name]
+        return self._kept
+
+    # -- restoring --------------------------------------------------------------------------------
+
+    def restore(self, which: str = "latest") -> RestoreReport:
+        """Put a snapshot's state into the parts.
+
+        Args:
+            which: "latest" (the newest that verifies), "best", a step ("400"), "epoch:N", or a name.
+                Choosing an older one sets newer ones aside; nothing is deleted.
+
+        Returns:
+            A report; `report.snapshot` is None if the run has no snapshots yet.
+
+        Raises:
+            NoValidSnapshotError: There are snapshots and none is valid.
+            NotFoundError: The snapshot asked for is not there.
+            StateMismatchError: What was saved does not fit the parts; nothing was touched.
+        """
+        found = self.find(which)
+        return found if found.manifest is None else self.apply(found)
+
+    def find(self, which: str = "latest") -> RestoreReport:
+        """Choose and verify a snapshot, with quarantine and set-aside, and restore nothing yet."""
+        self.wait()
+        _ = self.lock
+        quarantined: dict[str, str] = {}
+        if which == "latest":
+            manifest = self.store.newest_valid(on_damage=lambda name, e: quarantined.update({name: e.message}))
+            for name, reason in quarantined.items():
+                self.quarantine(name, reason)
+            newer: list[str] = []
+        else:
+            if not self.store.names():
+                raise NotFoundError(
+                    f"{self.directory} has no snapshots, so none is {which!r}", path=self.directory, found=which
+                )
+            name = self.store.select(which)
+            manifest = self.store.verify(name)
+            newer = [other for other in self.store.names() if _order(other) > _order(name)]
+            self.set_aside(newer, reason=f"going back to {name}")
+        self._parent, self._kept = manifest, None
+        if manifest is None:
+            return RestoreReport()
+        if self.run_id and manifest.run_id and manifest.run_id != self.run_id:
+            raise StateMismatchError(
+                f"snapshot {manifest.name} in {self.directory} belongs to run {manifest.run_id}, not {self.run_id}",
+                path=self.directory,
+                found=manifest.run_id,
+                expected=self.run_id,
+            )
+        return RestoreReport(
+            snapshot=manifest.name, manifest=manifest, quarantined=quarantined, set_aside=tuple(newer)
+        )
+
+    def quarantine(self, name: str, reason: str) -> None:
+        """Move a damaged snapshot aside, with the reason; nothing is deleted."""
+        self.store.quarantine(name, reason)
+        self.note("quarantined", snapshot=name, reason=reason)
+
+    def set_aside(self, names: Sequence[str], *, reason: str) -> None:
+        """Move valid snapshots of an abandoned line aside; nothing is deleted."""
+        if names:
+            target = self.store.set_aside(names, reason)
+            self.note("set_aside", snapshots=list(names), to=str(target), reason=reason)
+            self._kept = None
+
+    def apply(self, found: RestoreReport, *, strictly: bool = True) -> RestoreReport:
+        """Put the chosen snapshot into the parts, and the global generators last.
+
+        Args:
+            found: What `find` gave.
+            strictly: Compare all parts first, and each afterwards with what was put in.
+
+        Returns:
+            The report with the other sections that were saved, and notes for a person.
+        """
+        assert found.manifest is not None
+        sections = Reader(self.store.path(found.manifest.name), found.manifest).sections()
+        own = {name: sections.pop(name) for name in list(sections) if name in self.state}
+        others = {"generators", "gradients", "modes", "loop"}
+        if strictly:
+            self._check_fit(found.manifest.name, own, [name for name in sections if name not in others])
+        notes = []
+        for name, part in self.state.items():
+            restore_part(name, part, own[name])
+            if strictly:
+                notes += self._check_faithful(name, part, own[name])
+        modes.restore_modes(self.state, sections["modes"])
+        modes.restore_gradients(self.state, sections["gradients"])
+        # Invariant: generators come last, so that nothing above can draw from what was restored.
+        notes += generators.restore_global(sections["generators"])
+        return RestoreReport(
+            snapshot=found.snapshot,
+            manifest=found.manifest,
+            sections=sections,
+            quarantined=found.quarantined,
+            set_aside=found.set_aside,
+            notes=tuple(notes),
+        )
+
+    def _check_fit(self, snapshot: str, own: Mapping[str, object], unknown: Sequence[str]) -> None:
+        """Every mismatch in one error, before anything is touched."""
+        lines = [f"part {name!r} is not in the snapshot" for name in self.state if name not in own]
+        lines += [f"part {name!r} is in the snapshot, the script hands over none" for name in unknown]
+        for name, part in self.state.items():
+            if name in own:
+                lines += mismatches(name, part, own[name])
+        if lines:
+            raise StateMismatchError(
+                f"snapshot {snapshot} in {self.directory} does not fit the script:\n  " + "\n  ".join(lines) + "\n",
+                path=self.directory,
+                found=lines,
+                hint="restore the script's old model, or start a new line with: resumable-trainer run --fresh ...",
+            )
+
+    def _check_faithful(self, name: str, part: object, saved: object) -> list[str]:
+        """What the part does not hold now although it was put in."""
+        wrong = unfaithful(name, part, saved)
+        return [f"part {name!r} does not give back what was put in, so it may not resume exactly: {wrong[0]}"] if wrong else []
+
+
+def _order(name: str) -> tuple[int, bool]:
+    parsed = parse_name(name)
+    assert parsed is not None
+    return parsed.step, parsed.epochs_complete is not None
+
+
+def _kept(manifest: Manifest) -> Kept:
+    best = manifest.best
+    value = manifest.metric_values.get(best.metric) if best is not None and manifest.epoch_complete else None
+    return Kept(
+        name=manifest.name, position=manifest.position, epoch_complete=manifest.epoch_complete, value=value
+    )
+
+
+def _now() -> str:
+    return datetime.datetime.now(datetime.UTC).isoformat(timespec="milliseconds")
