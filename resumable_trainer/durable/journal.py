@@ -162,7 +162,7 @@ class Journal:
         """From here on nothing may be believed of this file until it is opened and rewound anew."""
         self._failed = f"{self._path} could not be written: {error}"
         raise SnapshotWriteError(
-            self._failed, path=self._path, hint="free space or repair the disk, then start the same command again"
+            self._failed, path=self._path, hint="free space or repair the disk, then start it again"
         ) from error
 
     def _digest_of(self, num_bytes: int) -> FileDigest:
