@@ -354,9 +354,7 @@ class StateManager:
         if self._in_flight is not None and self._in_flight.done:
             self.wait()
 
-    def _write_and_commit(
-        self, staged: Flat, facts: Facts, before_commit: Callable[[], None] | None
-    ) -> None:
+    def _write_and_commit(self, staged: Flat, facts: Facts, before_commit: Callable[[], None] | None) -> None:
         started = time.monotonic()
         name = facts.name
         try:
@@ -467,7 +465,9 @@ class StateManager:
         else:
             if not self.store.names():
                 raise NotFoundError(
-                    f"{self.directory} has no snapshots, so none is {which!r}", path=self.directory, found=which
+                    f"{self.directory} has no snapshots, so none is {which!r}",
+                    path=self.directory,
+                    found=which,
                 )
             name = self.store.select(which)
             manifest = self.store.verify(name)
@@ -483,9 +483,7 @@ class StateManager:
                 found=manifest.run_id,
                 expected=self.run_id,
             )
-        return RestoreReport(
-            snapshot=manifest.name, manifest=manifest, quarantined=quarantined, set_aside=tuple(newer)
-        )
+        return RestoreReport(snapshot=manifest.name, manifest=manifest, quarantined=quarantined, set_aside=tuple(newer))
 
     def quarantine(self, name: str, reason: str) -> None:
         """Move a damaged snapshot aside, with the reason; nothing is deleted."""
@@ -551,7 +549,11 @@ class StateManager:
     def _check_faithful(self, name: str, part: object, saved: object) -> list[str]:
         """What the part does not hold now although it was put in."""
         wrong = unfaithful(name, part, saved)
-        return [f"part {name!r} does not give back what was put in, so it may not resume exactly: {wrong[0]}"] if wrong else []
+        return (
+            [f"part {name!r} does not give back what was put in, so it may not resume exactly: {wrong[0]}"]
+            if wrong
+            else []
+        )
 
 
 def _order(name: str) -> tuple[int, bool]:
@@ -563,9 +565,7 @@ def _order(name: str) -> tuple[int, bool]:
 def _kept(manifest: Manifest) -> Kept:
     best = manifest.best
     value = manifest.metric_values.get(best.metric) if best is not None and manifest.epoch_complete else None
-    return Kept(
-        name=manifest.name, position=manifest.position, epoch_complete=manifest.epoch_complete, value=value
-    )
+    return Kept(name=manifest.name, position=manifest.position, epoch_complete=manifest.epoch_complete, value=value)
 
 
 def _now() -> str:

@@ -128,7 +128,7 @@ def _find_renameat2() -> Callable[..., int] | None:
     except (OSError, AttributeError):
         return None
     found.argtypes = [ctypes.c_int, ctypes.c_char_p, ctypes.c_int, ctypes.c_char_p, ctypes.c_uint]
-    return found  # type: ignore[no-any-return] # ctypes functions carry no types
+    return found
 
 
 _RENAMEAT2 = _find_renameat2()

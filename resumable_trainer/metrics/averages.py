@@ -28,9 +28,7 @@ class RunningAverages:
 
     def means(self) -> dict[str, float]:
         """The mean of each metric so far, in the order in which they first came."""
-        return {
-            name: total / self._weights[name] for name, total in self._sums.items() if self._weights[name]
-        }
+        return {name: total / self._weights[name] for name, total in self._sums.items() if self._weights[name]}
 
     def clear(self) -> None:
         """Forget everything: a new epoch begins."""

@@ -110,9 +110,7 @@ def _restore_accelerators(saved: Mapping[str, list[torch.Tensor]]) -> list[str]:
             else:
                 module.set_rng_state(state)
         if len(states) > torch.accelerator.device_count():
-            lines.append(
-                f"the snapshot holds generators of {len(states)} {kind} devices, there are fewer here"
-            )
+            lines.append(f"the snapshot holds generators of {len(states)} {kind} devices, there are fewer here")
     return lines
 
 

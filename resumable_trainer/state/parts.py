@@ -79,9 +79,7 @@ def _module_mismatches(name: str, module: nn.Module, saved: object) -> list[str]
         return [f"{name} is a module now, it was saved as {type(saved).__name__}"]
     live = module.state_dict()
     lines = [f"{name}.{key} is missing in the snapshot" for key in live if key not in saved]
-    lines += [
-        f"{name}.{key} is in the snapshot, the script's has no such entry" for key in saved if key not in live
-    ]
+    lines += [f"{name}.{key} is in the snapshot, the script's has no such entry" for key in saved if key not in live]
     for key, value in live.items():
         if key in saved and isinstance(value, torch.Tensor):
             lines += _tensor_mismatch(f"{name}.{key}", value, saved[key])
@@ -95,9 +93,7 @@ def _tensor_mismatch(place: str, live: torch.Tensor, saved: object) -> list[str]
         return []
     lines = []
     if live.shape != saved.shape:
-        lines.append(
-            f"{place} has shape {list(saved.shape)} in the snapshot, {list(live.shape)} in the script"
-        )
+        lines.append(f"{place} has shape {list(saved.shape)} in the snapshot, {list(live.shape)} in the script")
     if live.dtype != saved.dtype:
         lines.append(f"{place} has dtype {saved.dtype} in the snapshot, {live.dtype} in the script")
     return lines
@@ -110,9 +106,7 @@ def _optimizer_mismatches(name: str, optimizer: Optimizer, saved: object) -> lis
     saved_sizes = [len(group["params"]) for group in saved["param_groups"]]
     if live_sizes == saved_sizes:
         return []
-    return [
-        f"{name} has parameter groups of {saved_sizes} tensors in the snapshot, {live_sizes} in the script"
-    ]
+    return [f"{name} has parameter groups of {saved_sizes} tensors in the snapshot, {live_sizes} in the script"]
 
 
 def restore_part(name: str, part: object, saved: Any) -> None:
@@ -211,7 +205,5 @@ def undriven_schedulers(state: Mapping[str, object]) -> list[str]:
     return [
         name
         for name, part in state.items()
-        if isinstance(part, Optimizer)
-        and getattr(part.step, "_wrapped_by_lr_sched", False)
-        and id(part) not in covered
+        if isinstance(part, Optimizer) and getattr(part.step, "_wrapped_by_lr_sched", False) and id(part) not in covered
     ]

@@ -19,9 +19,7 @@ if TYPE_CHECKING:
 
 def stage(tensors: Mapping[str, Mapping[str, torch.Tensor]]) -> dict[str, dict[str, torch.Tensor]]:
     """Contiguous CPU copies of all tensors, by section and name."""
-    return {
-        section: {name: _copy(tensor) for name, tensor in named.items()} for section, named in tensors.items()
-    }
+    return {section: {name: _copy(tensor) for name, tensor in named.items()} for section, named in tensors.items()}
 
 
 def _copy(tensor: torch.Tensor) -> torch.Tensor:

@@ -1,0 +1,80 @@
+"""A verified snapshot's files, back to the trees that were saved."""
+
+from __future__ import annotations
+
+import os
+from contextlib import ExitStack
+from typing import TYPE_CHECKING
+
+from resumable_trainer.durable.digest import open_regular
+from resumable_trainer.errors import DamagedSnapshotError
+from resumable_trainer.snapshot import strict_json
+from resumable_trainer.snapshot.layout import STATE, TENSORS_SUFFIX
+from resumable_trainer.snapshot.tensors import TensorFile
+from resumable_trainer.snapshot.tree import unflatten
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    import torch
+
+    from resumable_trainer.snapshot.manifest import Manifest
+
+MAX_STATE_BYTES = 256 << 20
+
+
+class Reader:
+    """Reads one snapshot.
+
+    Tensors are read into memory of their own, not mapped: a file truncated under a mapping would
+    kill the process.
+
+    Args:
+        path: The snapshot's directory.
+        manifest: Its manifest, verified together with the files by `verify`.
+    """
+
+    def __init__(self, path: Path, manifest: Manifest) -> None:
+        self._path = path
+        self._manifest = manifest
+
+    def sections(self) -> dict[str, object]:
+        """All trees by section, as they were saved; every tensor is fresh.
+
+        Raises:
+            DamagedSnapshotError: The files do not hold what the format says.
+        """
+        values = self._values()
+        with ExitStack() as stack:
+            open_files: dict[str, TensorFile] = {}
+
+            def read(section: str, name: str) -> torch.Tensor:
+                if section not in open_files:
+                    open_files[section] = stack.enter_context(self._tensor_file(section))
+                return open_files[section].read(name)
+
+            try:
+                return unflatten(values, read)
+            except DamagedSnapshotError:
+                raise
+            except (ValueError, TypeError, KeyError, AttributeError, RuntimeError) as error:
+                raise DamagedSnapshotError(f"{STATE} does not describe a state: {error}", path=self._path) from error
+
+    def _tensor_file(self, section: str) -> TensorFile:
+        name = section + TENSORS_SUFFIX
+        if name not in self._manifest.files:
+            raise DamagedSnapshotError(f"{STATE} speaks of {name!r}, the manifest does not", path=self._path)
+        return TensorFile(self._path / name)
+
+    def _values(self) -> dict[str, object]:
+        if STATE not in self._manifest.files:
+            raise DamagedSnapshotError(f"the manifest lists no {STATE}", path=self._path)
+        with os.fdopen(open_regular(self._path / STATE), "rb") as file:
+            data = file.read(MAX_STATE_BYTES + 1)
+        try:
+            values = strict_json.parse(data, max_bytes=MAX_STATE_BYTES)
+        except ValueError as error:
+            raise DamagedSnapshotError(f"{STATE}: {error}", path=self._path) from error
+        if not isinstance(values, dict):
+            raise DamagedSnapshotError(f"{STATE} is no object", path=self._path)
+        return values

@@ -1,0 +1,365 @@
+"""Nested state to typed JSON plus named tensors, and back.
+
+Policy: exact types only, nothing is guessed: `np.float64` is a float to `isinstance` and a `StrEnum`
+a str, and both would come back as something else. A value without a safe form is an error that names
+its place. Reading runs no code of whoever wrote the file: no pickle, no import.
+
+The tags are listed in FORMAT.md. A dict with plain string keys, a list, str, int, finite float, bool
+and null stand for themselves; everything else is an object with one key that begins with "$".
+"""
+
+from __future__ import annotations
+
+import base64
+import collections
+import datetime
+import enum
+import json
+import math
+import pathlib
+import sys
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from resumable_trainer.errors import UnsafeValueError
+from resumable_trainer.snapshot.tensors import MAX_NAME_BYTES, is_storable
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+
+MAX_DEPTH = 40
+_INLINE_ARRAY_BYTES = 1024
+_FACTORIES = {"list": list, "dict": dict, "int": int, "float": float, "set": set}
+_TORCH_DTYPES = {str(d).removeprefix("torch."): d for d in vars(torch).values() if isinstance(d, torch.dtype)}
+TensorReader = "Callable[[str, str], torch.Tensor]"
+
+
+@dataclass(frozen=True)
+class Flat:
+    """A state taken apart.
+
+    Attributes:
+        values: Typed JSON by section.
+        tensors: Tensors by section and name; detached, as live as they were handed in.
+    """
+
+    values: dict[str, Any]
+    tensors: dict[str, dict[str, torch.Tensor]]
+
+
+def flatten(sections: Mapping[str, object]) -> Flat:
+    """Take named trees apart into values and tensors; nothing is copied.
+
+    Raises:
+        UnsafeValueError: A value that has no safe form on disk; the message names its place.
+    """
+    writer = _Writer()
+    values = {name: writer.section(name, tree) for name, tree in sections.items()}
+    return Flat(values, {name: tensors for name, tensors in writer.tensors.items() if tensors})
+
+
+def unflatten(values: Mapping[str, Any], tensor: Callable[[str, str], torch.Tensor]) -> dict[str, object]:
+    """The way back; `tensor(section, name)` reads one tensor.
+
+    Raises:
+        ValueError: Values that `flatten` does not write.
+    """
+    reader = _Reader(tensor)
+    return {name: reader.value(encoded) for name, encoded in values.items()}
+
+
+@dataclass
+class _Writer:
+    tensors: dict[str, dict[str, torch.Tensor]] = field(default_factory=dict)
+    _known: dict[tuple[Any, ...], list[str]] = field(default_factory=dict)
+    _section: str = ""
+
+    def section(self, name: str, tree: object) -> Any:
+        self._section = name
+        self.tensors[name] = {}
+        return self.value(tree, ())
+
+    def value(self, value: object, path: tuple[Any, ...]) -> Any:
+        kind = type(value)
+        if value is None or kind is bool or kind is str:
+            return value
+        if kind is int:
+            return value if -(2**63) <= value < 2**64 else {"$int": hex(value)}  # type: ignore[operator, arg-type]
+        if kind is float:
+            return value if math.isfinite(value) else {"$float": repr(value)}  # type: ignore[arg-type]
+        if len(path) > MAX_DEPTH:
+            raise self.unsafe(value, path[:8], f"is nested deeper than {MAX_DEPTH}, or holds itself")
+        if isinstance(value, torch.Tensor):
+            return self.tensor(value, path)
+        encode = _ENCODERS.get(kind)
+        if encode is not None:
+            return encode(self, value, path)
+        return self.by_base_class(value, path)
+
+    def by_base_class(self, value: object, path: tuple[Any, ...]) -> Any:
+        if isinstance(value, np.generic):
+            return _encode_numpy_scalar(self, value, path)
+        if isinstance(value, enum.Enum):
+            return {"$enum": [type(value).__module__, type(value).__qualname__, value.name]}
+        if isinstance(value, pathlib.PurePath):
+            return {"$path": str(value)}
+        if isinstance(value, np.dtype):
+            return {"$npdtype": value.str}
+        raise self.unsafe(value, path, f"is a {type(value).__module__}.{type(value).__qualname__}")
+
+    def items(self, values: Any, path: tuple[Any, ...]) -> list[Any]:
+        return [self.value(inner, (*path, index)) for index, inner in enumerate(values)]
+
+    def pairs(self, values: Mapping[Any, Any], path: tuple[Any, ...]) -> list[list[Any]]:
+        return [[self.value(key, (*path, key)), self.value(inner, (*path, key))] for key, inner in values.items()]
+
+    def tensor(self, tensor: torch.Tensor, path: tuple[Any, ...]) -> dict[str, Any]:
+        reason = is_storable(tensor)
+        if reason is not None:
+            raise self.unsafe(tensor, path, reason)
+        plain = tensor.detach()
+        encoded: dict[str, Any] = {"$tensor": self.place(plain, path)}
+        if plain.device.type != "cpu":
+            encoded["device"] = str(plain.device)
+        if not plain.is_contiguous() and _is_dense(plain):
+            encoded["stride"] = list(plain.stride())
+        if plain.dtype == torch.complex128:
+            encoded["dtype"] = "complex128"
+        if isinstance(tensor, torch.nn.Parameter):
+            encoded["parameter"] = tensor.requires_grad
+        return encoded
+
+    def place(self, plain: torch.Tensor, path: tuple[Any, ...]) -> list[str]:
+        """[section, name] of the tensor; one that shares all its memory with an earlier one gets that one's."""
+        stored = torch.view_as_real(plain) if plain.dtype == torch.complex128 else plain
+        identity = (
+            plain.untyped_storage().data_ptr() or id(plain),
+            plain.storage_offset(),
+            tuple(plain.shape),
+            plain.stride(),
+            plain.dtype,
+            str(plain.device),
+        )
+        if plain.numel() and identity in self._known:
+            return self._known[identity]
+        name = self.free_name(path)
+        self.tensors[self._section][name] = stored
+        self._known[identity] = [self._section, name]
+        return self._known[identity]
+
+    def free_name(self, path: tuple[Any, ...]) -> str:
+        taken = self.tensors[self._section]
+        name = ".".join(str(key) for key in path) or "value"
+        if len(name.encode()) > MAX_NAME_BYTES - 20 or not name.isprintable() or name == "__metadata__":
+            name = "tensor"
+        candidate, number = name, 2
+        while candidate in taken:
+            candidate, number = f"{name}~{number}", number + 1
+        return candidate
+
+    def unsafe(self, value: object, path: tuple[Any, ...], reason: str) -> UnsafeValueError:
+        place = self._section + "".join(f"[{key!r}]" for key in path)
+        return UnsafeValueError(
+            f"{place} {reason}, which has no safe form in a snapshot",
+            found=type(value).__qualname__,
+            hint="keep it out of the state, or hand over plain values and tensors (see FORMAT.md)",
+        )
+
+
+def _is_dense(tensor: torch.Tensor) -> bool:
+    """Whether the tensor fills its memory without gaps, in some order of its dimensions."""
+    expected = 1
+    for stride, size in sorted((s, n) for s, n in zip(tensor.stride(), tensor.shape, strict=True) if n != 1):
+        if stride != expected:
+            return False
+        expected *= size
+    return True
+
+
+def _encode_dict(writer: _Writer, value: dict[Any, Any], path: tuple[Any, ...]) -> Any:
+    if all(type(key) is str and not key.startswith("$") for key in value):
+        return {key: writer.value(inner, (*path, key)) for key, inner in value.items()}
+    return {"$dict": writer.pairs(value, path)}
+
+
+def _encode_set(tag: str) -> Callable[[_Writer, Any, tuple[Any, ...]], Any]:
+    def encode(writer: _Writer, value: Any, path: tuple[Any, ...]) -> Any:
+        return {tag: sorted(writer.items(value, path), key=json.dumps)}
+
+    return encode
+
+
+def _encode_defaultdict(writer: _Writer, value: Any, path: tuple[Any, ...]) -> Any:
+    factory = None if value.default_factory is None else value.default_factory.__name__
+    if factory is not None and _FACTORIES.get(factory) is not value.default_factory:
+        raise writer.unsafe(value, path, f"is a defaultdict of {factory}")
+    return {"$defaultdict": {"factory": factory, "items": writer.pairs(value, path)}}
+
+
+def _encode_array(writer: _Writer, value: np.ndarray[Any, Any], path: tuple[Any, ...]) -> Any:
+    if value.dtype.hasobject or value.dtype.names is not None or value.dtype.kind not in "biufcSUmM":
+        raise writer.unsafe(value, path, f"is an array of dtype {value.dtype}")
+    if value.nbytes > _INLINE_ARRAY_BYTES and value.dtype.kind in "biufc" and value.dtype.isnative:
+        try:
+            tensor = torch.from_numpy(np.ascontiguousarray(value).reshape(value.shape))
+        except TypeError:
+            pass  # a dtype that torch does not know
+        else:
+            return {"$ndarray": {"tensor": writer.tensor(tensor, path), "dtype": value.dtype.str}}
+    data = base64.b64encode(value.tobytes()).decode()
+    return {"$ndarray": {"dtype": value.dtype.str, "shape": list(value.shape), "data": data}}
+
+
+def _encode_numpy_scalar(writer: _Writer, value: Any, path: tuple[Any, ...]) -> Any:
+    if value.dtype.hasobject or value.dtype.names is not None:
+        raise writer.unsafe(value, path, f"is a scalar of dtype {value.dtype}")
+    return {"$npscalar": [value.dtype.str, base64.b64encode(value.tobytes()).decode()]}
+
+
+_ENCODERS: dict[type, Callable[[_Writer, Any, tuple[Any, ...]], Any]] = {
+    dict: _encode_dict,
+    list: lambda w, v, p: w.items(v, p),
+    tuple: lambda w, v, p: {"$tuple": w.items(v, p)},
+    set: _encode_set("$set"),
+    frozenset: _encode_set("$frozenset"),
+    bytes: lambda _w, v, _p: {"$bytes": base64.b64encode(v).decode()},
+    bytearray: lambda _w, v, _p: {"$bytearray": base64.b64encode(v).decode()},
+    complex: lambda w, v, p: {"$complex": [w.value(v.real, p), w.value(v.imag, p)]},
+    collections.OrderedDict: lambda w, v, p: {"$ordered": w.pairs(v, p)},
+    collections.Counter: lambda w, v, p: {"$counter": w.pairs(v, p)},
+    collections.deque: lambda w, v, p: {"$deque": {"items": w.items(v, p), "maxlen": v.maxlen}},
+    collections.defaultdict: _encode_defaultdict,
+    range: lambda _w, v, _p: {"$range": [v.start, v.stop, v.step]},
+    slice: lambda w, v, p: {"$slice": w.items([v.start, v.stop, v.step], p)},
+    datetime.datetime: lambda _w, v, _p: {"$datetime": v.isoformat()},
+    datetime.timedelta: lambda _w, v, _p: {"$timedelta": [v.days, v.seconds, v.microseconds]},
+    np.ndarray: _encode_array,
+    torch.dtype: lambda _w, v, _p: {"$torchdtype": str(v).removeprefix("torch.")},
+    torch.device: lambda _w, v, _p: {"$device": str(v)},
+    torch.Size: lambda _w, v, _p: {"$size": list(v)},
+}
+
+
+class _Reader:
+    def __init__(self, tensor: Callable[[str, str], torch.Tensor]) -> None:
+        self._read = tensor
+        self._tensors: dict[tuple[str, str, str], torch.Tensor] = {}
+
+    def value(self, encoded: Any) -> Any:
+        if isinstance(encoded, list):
+            return [self.value(inner) for inner in encoded]
+        if not isinstance(encoded, dict):
+            return encoded
+        tag = next(iter(encoded), "")
+        if not tag.startswith("$"):
+            return {key: self.value(inner) for key, inner in encoded.items()}
+        if tag == "$tensor":
+            return self.tensor(encoded)
+        decode = _DECODERS.get(tag)
+        if decode is None or len(encoded) != 1:
+            raise ValueError(f"state.json holds {tag!r}, which this version does not know")
+        return decode(self, encoded[tag])
+
+    def pairs(self, encoded: list[list[Any]]) -> list[tuple[Any, Any]]:
+        return [(self.value(key), self.value(inner)) for key, inner in encoded]
+
+    def tensor(self, encoded: dict[str, Any]) -> torch.Tensor:
+        """Equal references give the very same tensor: what was tied is tied again."""
+        section, name = encoded["$tensor"]
+        key = (section, name, json.dumps(encoded, sort_keys=True))
+        if key not in self._tensors:
+            tensor = self._read(section, name)
+            if encoded.get("dtype") == "complex128":
+                tensor = torch.view_as_complex(tensor)
+            if "stride" in encoded:
+                tensor = _strided(tensor, encoded["stride"])
+            if "device" in encoded:
+                tensor = _on_device(tensor, encoded["device"])
+            if "parameter" in encoded:
+                tensor = torch.nn.Parameter(tensor, requires_grad=encoded["parameter"])
+            self._tensors[key] = tensor
+        return self._tensors[key]
+
+    def array(self, encoded: dict[str, Any]) -> np.ndarray[Any, Any]:
+        dtype = _numpy_dtype(encoded["dtype"])
+        if "tensor" in encoded:
+            return self.tensor(encoded["tensor"]).numpy().view(dtype)
+        data = base64.b64decode(encoded["data"], validate=True)
+        return np.frombuffer(data, dtype=dtype).reshape(encoded["shape"]).copy()
+
+
+def _strided(tensor: torch.Tensor, stride: list[int]) -> torch.Tensor:
+    """The same values laid out as they were, channels_last say: kernels round differently on other layouts."""
+    laid_out = torch.empty_strided(tensor.shape, stride, dtype=tensor.dtype)
+    if laid_out.untyped_storage().nbytes() > tensor.numel() * tensor.element_size():
+        raise ValueError(f"state.json gives stride {stride} for shape {list(tensor.shape)}, which leaves gaps")
+    return laid_out.copy_(tensor)
+
+
+def _on_device(tensor: torch.Tensor, device: str) -> torch.Tensor:
+    """On the device where it was, if this machine has one of that kind; on the CPU otherwise."""
+    wanted = torch.device(device)
+    accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    if accelerator is None or accelerator.type != wanted.type:
+        return tensor
+    return tensor.to(wanted if (wanted.index or 0) < torch.accelerator.device_count() else accelerator)
+
+
+def _numpy_dtype(text: str) -> np.dtype[Any]:
+    dtype = np.dtype(text)
+    if dtype.hasobject or dtype.names is not None:
+        raise ValueError(f"state.json holds an array of dtype {text!r}")
+    return dtype
+
+
+def _decode_enum(_reader: _Reader, encoded: list[str]) -> Any:
+    """Looked up among what is loaded already, never imported: no code of a stranger runs."""
+    module, qualified_name, member = encoded
+    found: Any = sys.modules.get(module)
+    for part in qualified_name.split("."):
+        found = getattr(found, part, None)
+    if not (isinstance(found, type) and issubclass(found, enum.Enum)):
+        raise ValueError(f"state.json holds {module}.{qualified_name}.{member}: import {module} before restoring")
+    return found[member]
+
+
+def _decode_numpy_scalar(_reader: _Reader, encoded: list[str]) -> Any:
+    data = base64.b64decode(encoded[1], validate=True)
+    return np.frombuffer(data, dtype=_numpy_dtype(encoded[0]))[0]
+
+
+def _decode_defaultdict(reader: _Reader, encoded: dict[str, Any]) -> Any:
+    factory = None if encoded["factory"] is None else _FACTORIES[encoded["factory"]]
+    return collections.defaultdict(factory, reader.pairs(encoded["items"]))
+
+
+_DECODERS: dict[str, Callable[[_Reader, Any], Any]] = {
+    "$int": lambda _r, v: int(v, 16),
+    "$float": lambda _r, v: float(v),
+    "$dict": lambda r, v: dict(r.pairs(v)),
+    "$tuple": lambda r, v: tuple(r.value(v)),
+    "$set": lambda r, v: set(r.value(v)),
+    "$frozenset": lambda r, v: frozenset(r.value(v)),
+    "$bytes": lambda _r, v: base64.b64decode(v, validate=True),
+    "$bytearray": lambda _r, v: bytearray(base64.b64decode(v, validate=True)),
+    "$complex": lambda r, v: complex(*r.value(v)),
+    "$ordered": lambda r, v: collections.OrderedDict(r.pairs(v)),
+    "$counter": lambda r, v: collections.Counter(dict(r.pairs(v))),
+    "$deque": lambda r, v: collections.deque(r.value(v["items"]), v["maxlen"]),
+    "$defaultdict": _decode_defaultdict,
+    "$range": lambda _r, v: range(*v),
+    "$slice": lambda r, v: slice(*r.value(v)),
+    "$path": lambda _r, v: pathlib.Path(v),
+    "$datetime": lambda _r, v: datetime.datetime.fromisoformat(v),
+    "$timedelta": lambda _r, v: datetime.timedelta(*v),
+    "$ndarray": lambda r, v: r.array(v),
+    "$npscalar": _decode_numpy_scalar,
+    "$npdtype": lambda _r, v: _numpy_dtype(v),
+    "$torchdtype": lambda _r, v: _TORCH_DTYPES[v],
+    "$device": lambda _r, v: torch.device(v),
+    "$size": lambda _r, v: torch.Size(v),
+    "$enum": _decode_enum,
+}
