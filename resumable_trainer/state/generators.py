@@ -69,7 +69,7 @@ def restore_global(saved: Mapping[str, Any]) -> list[str]:
 def seed_global(seed: int) -> None:
     """Seed all global generators, as a fresh run does."""
     random.seed(seed)
-    np.random.seed(seed % 2**32)  # noqa: NPY002 - the legacy global generator is the one users' code draws from
+    np.random.seed(seed % 2**32)
     torch.manual_seed(seed)
 
 

@@ -121,7 +121,7 @@ def restore_part(name: str, part: object, saved: Any) -> None:
     assert isinstance(part, Stateful)
     try:
         part.load_state_dict(saved)
-    except Exception as error:  # noqa: BLE001 - whatever a user's part raises, the user must learn which part it was
+    except Exception as error:
         raise StateMismatchError(
             f"part {name!r} does not take back its saved state: {type(error).__name__}: {error}",
             hint="restore the script's old definition of it, or start a new run with --fresh",

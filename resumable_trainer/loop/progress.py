@@ -1,0 +1,121 @@
+"""What a person sees while a run trains: bars on a terminal, lines where there is none.
+
+Policy: a bar is redrawn at most ten times a second, and never reads a device. Without a terminal
+(cron, journald, a file) there are no control characters: one line per epoch, and one every 30 s.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from typing import TYPE_CHECKING, Any
+
+from tqdm import tqdm
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping, Sequence
+
+LINE_SECONDS = 30.0
+_REFRESH_SECONDS = 0.1
+
+
+class Progress:
+    """Shows where a run is.
+
+    Args:
+        style: "bar", "lines" or "silent".
+        clock: Seconds; for tests.
+    """
+
+    def __init__(self, style: str, *, clock: Callable[[], float] = time.monotonic) -> None:
+        self._style, self._clock = style, clock
+        self._epochs: Any = None
+        self._batches: Any = None
+        self._total_epochs = 0
+        self._drawn = self._said = clock()
+        self._uncounted = 0
+
+    @classmethod
+    def for_choice(cls, progress: bool | None) -> Progress:
+        """None: bars on a terminal, lines elsewhere; True: bars; False: nothing."""
+        if progress is None:
+            return cls("bar" if sys.stderr.isatty() else "lines")
+        return cls("bar" if progress else "silent")
+
+    def say(self, lines: Sequence[str]) -> None:
+        """Show lines for a person, above the bars."""
+        if self._style == "silent":
+            return
+        for line in lines:
+            if self._style == "bar":
+                tqdm.write(line, file=sys.stderr)
+            else:
+                print(line, file=sys.stderr, flush=True)  # noqa: T201 - this is the program's screen
+
+    def begin_epochs(self, total: int, done: int) -> None:
+        """The loop over epochs begins, `done` of `total` lie behind."""
+        self._total_epochs = total
+        if self._style == "bar":
+            self._epochs = tqdm(total=total, initial=done, desc="epochs", unit="epoch", file=sys.stderr, leave=True)
+
+    def begin_batches(self, epoch: int, total: int | None, done: int) -> None:
+        """The loop over an epoch's batches begins, `done` of `total` lie behind."""
+        self._uncounted = 0
+        if self._style == "bar":
+            self._batches = tqdm(
+                total=total,
+                initial=done,
+                desc=f"epoch {epoch + 1}/{self._total_epochs}",
+                unit="batch",
+                file=sys.stderr,
+                leave=False,
+            )
+
+    def batch_done(self) -> bool:
+        """Count a batch; True if it is time to refresh (then call `refresh`)."""
+        self._uncounted += 1
+        return self._style != "silent" and self._clock() - self._drawn >= _REFRESH_SECONDS
+
+    def refresh(self, epoch: int, step: int, values: Mapping[str, float], extra: str) -> None:
+        """Redraw the bar; or, without a terminal, say a line if the last one was 30 s ago."""
+        self._drawn = self._clock()
+        if self._batches is not None:
+            self._batches.update(self._uncounted)
+            self._batches.set_postfix_str(_joined(values, extra), refresh=False)
+        elif self._style == "lines" and self._drawn - self._said >= LINE_SECONDS:
+            self._line(epoch, f"step {step}", values, extra)
+        self._uncounted = 0
+
+    def end_batches(self) -> None:
+        """The batches of the epoch are over."""
+        if self._batches is not None:
+            self._batches.update(self._uncounted)
+            self._batches.close()
+            self._batches = None
+        self._uncounted = 0
+
+    def epoch_done(self, epoch: int, values: Mapping[str, float], extra: str) -> None:
+        """An epoch is over; its row's values."""
+        self.end_batches()
+        if self._epochs is not None:
+            self._epochs.set_postfix_str(_joined(values, extra), refresh=False)
+            self._epochs.update(1)
+        elif self._style == "lines":
+            self._line(epoch, "", values, extra)
+
+    def close(self) -> None:
+        """Leave the terminal in order."""
+        self.end_batches()
+        if self._epochs is not None:
+            self._epochs.close()
+            self._epochs = None
+
+    def _line(self, epoch: int, place: str, values: Mapping[str, float], extra: str) -> None:
+        self._said = self._clock()
+        parts = [f"epoch {epoch + 1}/{self._total_epochs}", place, _joined(values, extra)]
+        self.say([" | ".join(part for part in parts if part)])
+
+
+def _joined(values: Mapping[str, float], extra: str) -> str:
+    shown = " ".join(f"{name} {value:.4g}" for name, value in values.items())
+    return " | ".join(part for part in (shown, extra) if part)
