@@ -11,11 +11,10 @@ waits. An error there is raised at the next call and at close.
 from __future__ import annotations
 
 import datetime
-import os
 import secrets
 import threading
 import time
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Self
@@ -33,7 +32,7 @@ from resumable_trainer.errors import (
     UsageError,
 )
 from resumable_trainer.snapshot.layout import EVENTS, RUN_LOCK, Position, parse_name, snapshot_name
-from resumable_trainer.snapshot.manifest import Best, Manifest
+from resumable_trainer.snapshot.manifest import Best, JournalMark, Manifest, PositionFields
 from resumable_trainer.snapshot.reader import Reader
 from resumable_trainer.snapshot.retention import Kept, to_delete
 from resumable_trainer.snapshot.store import Store
@@ -43,13 +42,13 @@ from resumable_trainer.state import generators, modes, staging
 from resumable_trainer.state.parts import capture_part, check_parts, mismatches, restore_part, unfaithful
 
 if TYPE_CHECKING:
+    import os
     from collections.abc import Callable, Collection, Mapping, Sequence
     from types import TracebackType
 
     from resumable_trainer.metrics.early_stopping import BestValue
 
 Outcome = Literal["finished", "stopped_early"]
-Retain = "Callable[[Sequence[Kept]], list[str]]"
 
 
 @dataclass(frozen=True)
@@ -190,7 +189,6 @@ class StateManager:
         self._parent: Manifest | None = None
         self._kept: list[Kept] | None = None
         self._used_gradients: Callable[[], Collection[int]] = frozenset
-        self.last_commit: tuple[str, float] | None = None
 
     # -- life -------------------------------------------------------------------------------------
 
@@ -238,6 +236,11 @@ class StateManager:
         self.close()
 
     @property
+    def latest(self) -> str | None:
+        """Name of the newest snapshot that this process knows to be durable."""
+        return None if self._parent is None else self._parent.name
+
+    @property
     def lock(self) -> RunLock:
         """The run's lock, held while the manager is open."""
         if self._lock is None or self._events is None:
@@ -270,8 +273,8 @@ class StateManager:
         """Let `used` say whose gradients an optimizer step has used; by default all are saved."""
         self._used_gradients = used
 
-    def stage(self, sections: Mapping[str, object] | None = None) -> Flat:
-        """A copy of the whole state that later training cannot change; blocks for one memory copy.
+    def capture(self, sections: Mapping[str, object] | None = None) -> Flat:
+        """The whole state taken apart: values as they are now, tensors live, not copied.
 
         Args:
             sections: Trees to be saved beside the parts. `"generators"`, if given, stands in for the
@@ -287,8 +290,11 @@ class StateManager:
         trees["gradients"] = gradients
         trees["generators"] = generators.capture_global()
         trees.update(sections or {})
-        flat = flatten(trees)
-        return Flat(values=flat.values, tensors=staging.stage(flat.tensors))
+        return flatten(trees)
+
+    def stage(self, captured: Flat) -> Flat:
+        """A copy of a captured state that later training cannot change; blocks for one memory copy."""
+        return Flat(values=captured.values, tensors=staging.stage(captured.tensors))
 
     def write(
         self,
@@ -341,7 +347,7 @@ class StateManager:
         position = Position(epoch=epoch, batch=batch, step=step)
         complete = batch == 0 and epoch > 0
         facts = Facts(position=position, epoch_complete=complete, metrics=dict(metrics or {}))
-        return self.write(self.stage(), facts, background=background)
+        return self.write(self.stage(self.capture()), facts, background=background)
 
     def wait(self) -> None:
         """Block until the snapshot in flight is durable; raise what went wrong with it."""
@@ -376,13 +382,12 @@ class StateManager:
         seconds = time.monotonic() - started
         num_bytes = sum(entry.num_bytes for entry in entries.values())
         self._parent = manifest
-        self.last_commit = (name, seconds)
         self.note("committed", snapshot=name, step=facts.position.step, bytes=num_bytes, seconds=round(seconds, 6))
         self.lock.note_step(facts.position.step)
         self._delete_old(manifest)
 
     def _write_error(self, name: str, error: OSError) -> SnapshotWriteError:
-        last = self.last_commit[0] if self.last_commit else (self._parent.name if self._parent else None)
+        last = self.latest
         return SnapshotWriteError(
             f"snapshot {name} in {self.directory} was NOT saved: {error}; "
             + (f"the last durable one is {last}" if last else "there is no durable one yet"),
@@ -396,15 +401,15 @@ class StateManager:
             run_id=self.run_id,
             generation=self.lock.generation,
             name=facts.name,
-            position=facts.position,
+            position=PositionFields(**asdict(facts.position)),
             epoch_complete=facts.epoch_complete,
             parent=self._parent.name if self._parent else None,
             parent_digest=self._parent.own_digest if self._parent else None,
             created=_now(),
             files=dict(entries),
-            journal=facts.journal,
+            journal=None if facts.journal is None else JournalMark(**asdict(facts.journal)),
             outcome=facts.outcome,
-            best=None if best is None else Best(best.metric, best.value, best.epoch, best.step),
+            best=None if best is None else Best(**asdict(best)),
             metrics=dict(facts.metrics),
             settings=dict(facts.settings),
             depends_on=dict(facts.depends_on),
@@ -450,10 +455,14 @@ class StateManager:
             StateMismatchError: What was saved does not fit the parts; nothing was touched.
         """
         found = self.find(which)
-        return found if found.manifest is None else self.apply(found)
+        if found.manifest is None:
+            return found
+        report = self.apply(found)
+        self.set_aside(report.set_aside, reason=f"going back to {report.snapshot}")
+        return report
 
     def find(self, which: str = "latest") -> RestoreReport:
-        """Choose and verify a snapshot, with quarantine and set-aside, and restore nothing yet."""
+        """Choose and verify a snapshot, quarantine damaged ones, and restore nothing yet."""
         self.wait()
         _ = self.lock
         quarantined: dict[str, str] = {}
@@ -472,7 +481,6 @@ class StateManager:
             name = self.store.select(which)
             manifest = self.store.verify(name)
             newer = [other for other in self.store.names() if _order(other) > _order(name)]
-            self.set_aside(newer, reason=f"going back to {name}")
         self._parent, self._kept = manifest, None
         if manifest is None:
             return RestoreReport()
@@ -556,16 +564,18 @@ class StateManager:
         )
 
 
-def _order(name: str) -> tuple[int, bool]:
+def _order(name: str) -> tuple[int, bool, int]:
     parsed = parse_name(name)
     assert parsed is not None
-    return parsed.step, parsed.epochs_complete is not None
+    return parsed.order
 
 
 def _kept(manifest: Manifest) -> Kept:
     best = manifest.best
     value = manifest.metric_values.get(best.metric) if best is not None and manifest.epoch_complete else None
-    return Kept(name=manifest.name, position=manifest.position, epoch_complete=manifest.epoch_complete, value=value)
+    at = manifest.position
+    position = Position(at.epoch, at.batch, at.step)
+    return Kept(name=manifest.name, position=position, epoch_complete=manifest.epoch_complete, value=value)
 
 
 def _now() -> str:

@@ -19,8 +19,7 @@ from resumable_trainer.durable.digest import digest_bytes
 from resumable_trainer.durable.journal import Journal, read_rows
 from resumable_trainer.durable.lock import RunLock
 from resumable_trainer.errors import RunHeldError
-
-RUN_LOCK, EVENTS = "run.lock", "events.jsonl"
+from resumable_trainer.snapshot.layout import EVENTS, RUN_LOCK
 
 
 @dataclass(frozen=True)
@@ -120,6 +119,10 @@ class Process:
             atexit.register(self._at_exit, os.getpid())
         self.opened[directory.resolve()] = generation
 
+    def note_failure(self) -> None:
+        """The process ends by an uncaught exception."""
+        self.failed = True
+
     def _at_exit(self, pid: int) -> None:
         if os.getpid() == pid and not self.exit_recorded and not self.failed:
             self.record_exit(0)
@@ -158,6 +161,11 @@ def _append_event(directory: Path, event: dict[str, Any]) -> None:
 def default_directory(command: Command) -> Path:
     """`runs/<name of the script>`, below the working directory."""
     return Path("runs") / command.name
+
+
+def directory_for(command: Command) -> Path:
+    """The run directory of a script that names none: the one handed over, or the default."""
+    return process.handover.directory or default_directory(command)
 
 
 def source_digests() -> dict[str, str]:

@@ -74,7 +74,7 @@ class Progress:
     def batch_done(self) -> bool:
         """Count a batch; True if it is time to refresh (then call `refresh`)."""
         self._uncounted += 1
-        return self._style != "silent" and self._clock() - self._drawn >= _REFRESH_SECONDS
+        return self._clock() - self._drawn >= _REFRESH_SECONDS
 
     def refresh(self, epoch: int, step: int, values: Mapping[str, float], extra: str) -> None:
         """Redraw the bar; or, without a terminal, say a line if the last one was 30 s ago."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from contextlib import ExitStack
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from resumable_trainer.durable.digest import open_regular
 from resumable_trainer.errors import DamagedSnapshotError
@@ -38,7 +38,7 @@ class Reader:
         self._path = path
         self._manifest = manifest
 
-    def sections(self) -> dict[str, object]:
+    def sections(self) -> dict[str, Any]:
         """All trees by section, as they were saved; every tensor is fresh.
 
         Raises:

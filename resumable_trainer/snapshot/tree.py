@@ -61,7 +61,7 @@ def flatten(sections: Mapping[str, object]) -> Flat:
     return Flat(values, {name: tensors for name, tensors in writer.tensors.items() if tensors})
 
 
-def unflatten(values: Mapping[str, Any], tensor: Callable[[str, str], torch.Tensor]) -> dict[str, object]:
+def unflatten(values: Mapping[str, Any], tensor: Callable[[str, str], torch.Tensor]) -> dict[str, Any]:
     """The way back; `tensor(section, name)` reads one tensor.
 
     Raises:

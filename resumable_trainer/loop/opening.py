@@ -1,0 +1,168 @@
+"""Opening a run: who it is, which line it continues, and its journal cut back to the snapshot."""
+
+from __future__ import annotations
+
+import datetime
+import json
+import math
+import secrets
+import socket
+from os import getpid
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from resumable_trainer.durable.files import move_directory, write_replacing
+from resumable_trainer.durable.journal import Mark, read_rows
+from resumable_trainer.errors import DamagedSnapshotError
+from resumable_trainer.loop import identity, launch
+from resumable_trainer.loop.record import EMPTY_MARK_DIGEST
+from resumable_trainer.snapshot.layout import METRICS, QUARANTINE, RUN_JSON
+from resumable_trainer.state import generators
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+    from pathlib import Path
+
+    from resumable_trainer.loop.launch import Command
+    from resumable_trainer.loop.record import Record
+    from resumable_trainer.manager import StateManager
+    from resumable_trainer.snapshot.manifest import Manifest
+
+
+def identify(manager: StateManager, command: Command, seed: int) -> None:
+    """Read the run's identity, or give it one; `run.json` is written once.
+
+    Raises:
+        DamagedSnapshotError: `run.json` cannot be read.
+    """
+    path = manager.directory / RUN_JSON
+    if path.exists():
+        try:
+            manager.run_id = str(json.loads(path.read_bytes())["run_id"])
+        except (ValueError, KeyError, TypeError) as error:
+            raise DamagedSnapshotError(
+                f"{path} is damaged: {error}",
+                path=path,
+                hint="remove it: the run then gets its identity back from its newest snapshot",
+            ) from error
+        return
+    manager.run_id = known_run_id(manager) or secrets.token_hex(8)
+    fields = {
+        "format": 1,
+        "run_id": manager.run_id,
+        "command": command.to_json(),
+        "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "seed": seed,
+        "versions": identity.versions(),
+    }
+    write_replacing(manager.files, path, (json.dumps(fields, indent=2) + "\n").encode())
+
+
+def known_run_id(manager: StateManager) -> str | None:
+    """The identity that the newest readable snapshot has stamped in."""
+    for name in reversed(manager.store.names()):
+        try:
+            return manager.store.manifest(name).run_id
+        except DamagedSnapshotError:
+            continue
+    return None
+
+
+def note_launch(manager: StateManager, command: Command) -> None:
+    """The event from which `resume` learns what to start."""
+    recorded = command.to_json() if command.script or command.module else None
+    manager.note("launched", command=recorded, pid=getpid(), host=socket.gethostname(), versions=identity.versions())
+
+
+def begin_line(manager: StateManager, record: Record, directory: Path) -> str:
+    """Which snapshot to continue from; with `--fresh`, the old line is set aside first."""
+    handover = launch.process.handover
+    if not handover.applies_to(directory):
+        return "latest"
+    if handover.fresh:
+        handover.fresh = False
+        record.show_rows()
+        manager.set_aside(manager.store.names(), reason="a fresh start was asked for")
+        return "latest"
+    which, handover.which = handover.which, "latest"
+    return which
+
+
+def start_afresh(record: Record, seed: int) -> None:
+    """No snapshot: rows that none counts are cut, and the global generators seeded."""
+    record.rewind(Mark(0, EMPTY_MARK_DIGEST, 0))
+    generators.seed_global(seed)
+
+
+def lost_snapshots(directory: Path) -> list[str]:
+    """One line if snapshots were committed here and none is left; a run never starts over silently."""
+    events = launch.last_events(directory, ("committed", "set_aside"))
+    if "committed" not in events or "set_aside" in events:
+        return []
+    name = events["committed"]["snapshot"]
+    return [f"warning {name} was committed here and is gone, with all others: starting over from nothing"]
+
+
+def rewind(manager: StateManager, record: Record, manifest: Manifest) -> list[str]:
+    """Cut the metric journal back to the snapshot's mark; lines for a person if it was damaged."""
+    journal = manifest.journal
+    if journal is None:  # saved by a StateManager alone
+        return []
+    if record.rewind(Mark(journal.num_bytes, journal.digest, journal.rows)):
+        return []
+    # The state is whole, the rows are not: the damaged journal is kept aside, its readable rows go on.
+    rows = _readable_rows(manager.directory / METRICS, manifest)
+    target = _free(manager.directory / QUARANTINE, METRICS)
+    target.parent.mkdir(exist_ok=True)
+    move_directory(manager.files, manager.directory / METRICS, target)
+    record.reopen()
+    for row in rows:
+        record.append_row(row)
+    record.show_rows()
+    manager.note("journal_damaged", moved_to=str(target), rows_expected=journal.rows, rows_kept=len(rows))
+    return [
+        f"warning {METRICS} does not hold what the snapshot counts ({len(rows)} of {journal.rows} rows are readable);"
+        f" the damaged file is kept as {target}, the state itself is whole"
+    ]
+
+
+def _readable_rows(path: Path, manifest: Manifest) -> list[dict[str, Any]]:
+    """Rows up to the snapshot's position, as far as they can be read."""
+    rows: list[dict[str, Any]] = []
+    try:
+        for row in read_rows(path):
+            if len(rows) == (manifest.journal.rows if manifest.journal else 0):
+                break
+            rows.append(row)
+    except ValueError:
+        pass  # what follows a damaged line cannot be trusted to be in place
+    return rows
+
+
+def _free(parent: Path, name: str) -> Path:
+    path, number = parent / name, 2
+    while path.exists():
+        path, number = parent / f"{name}.{number}", number + 1
+    return path
+
+
+def json_values(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Plain values with NaN and infinities as words, as they come back from a manifest."""
+    return {name: _word(value) for name, value in values.items()}
+
+
+def _word(value: Any) -> Any:
+    if isinstance(value, float) and not math.isfinite(value):
+        return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
+    return value
+
+
+def whole_size(data: Any) -> int | None:
+    """Number of samples of tensors that are to be evaluated in one batch; None for other data."""
+    first = data
+    if isinstance(data, torch.utils.data.TensorDataset):
+        first = data.tensors[0]
+    elif type(data) is tuple and data:
+        first = data[0]
+    return max(1, len(first)) if isinstance(first, torch.Tensor) and first.ndim else None

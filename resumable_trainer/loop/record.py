@@ -1,0 +1,187 @@
+"""The record of a run's numbers: rows of the metric journal, running averages, best, early stopping.
+
+Rows are collected and written together: a logged device tensor is read only then. No clock readings
+and no host names go in, so that the journal of a run killed and resumed any number of times is that
+of a run never killed, byte for byte.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from resumable_trainer.durable.journal import Journal, Mark
+from resumable_trainer.errors import UsageError
+from resumable_trainer.loop.scalars import PendingScalar, read_all, take
+from resumable_trainer.metrics.averages import RunningAverages
+from resumable_trainer.metrics.early_stopping import BestValue, EarlyStopping, StoppingCounters, better
+from resumable_trainer.metrics.history import POSITION_COLUMNS, History
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+    from pathlib import Path
+
+    from resumable_trainer.snapshot.layout import Position
+
+_MAX_PENDING_ROWS = 256
+_RESERVED = frozenset(POSITION_COLUMNS)
+EMPTY_MARK_DIGEST = "99aa06d3014798d86001c324468d497f"  # xxh3-128 of no bytes
+
+
+class Record:
+    """Everything that a run's `log` and `log_epoch` lead to.
+
+    Args:
+        path: The metric journal.
+        early_stopping: Settings; None for none.
+    """
+
+    def __init__(self, path: Path, early_stopping: EarlyStopping | None) -> None:
+        self._path = path
+        self._journal = Journal.open(path)
+        self._settings = early_stopping
+        self._pending: list[tuple[Position, int, dict[str, PendingScalar]]] = []
+        self._epoch_values: dict[str, PendingScalar] = {}
+        self._last_epoch_row: dict[str, float] = {}
+        self.averages = RunningAverages()
+        self.counters = StoppingCounters()
+        self.best: BestValue | None = None
+
+    def take(self, values: Mapping[str, object]) -> dict[str, PendingScalar]:
+        """Logged values as numbers, or as device tensors to be read later."""
+        if not _RESERVED.isdisjoint(values):
+            names = ", ".join(sorted(_RESERVED & values.keys()))
+            raise UsageError(f"log: {names} is in every row already, log it under another name")
+        return take(values)
+
+    def add_step(self, position: Position, weight: int, values: dict[str, PendingScalar]) -> None:
+        """A batch of `weight` samples is done; its row."""
+        self._pending.append((position, weight, values))
+        if len(self._pending) >= _MAX_PENDING_ROWS:
+            self.flush()
+
+    def add_epoch_values(self, values: Mapping[str, object]) -> None:
+        """Values for the row of the epoch under way."""
+        self._epoch_values.update(self.take(values))
+
+    def flush(self) -> None:
+        """Write the rows collected so far; reads device tensors, all together."""
+        read_all([values for _, _, values in self._pending])
+        for position, weight, values in self._pending:
+            self._journal.append(_row("step", position, values))
+            self.averages.add(values, weight)  # type: ignore[arg-type] # read_all leaves numbers only
+        self._pending.clear()
+
+    def flush_what_is_here(self) -> None:
+        """Write the rows collected so far if none of them waits for a device."""
+        if not any(isinstance(value, torch.Tensor) for _, _, row in self._pending for value in row.values()):
+            self.flush()
+
+    def show_rows(self) -> None:
+        """Let those who look from outside see the rows so far."""
+        self.flush()
+        self._journal.flush()
+
+    def end_epoch(self, position: Position) -> dict[str, float]:
+        """Write the epoch's row, update best and early stopping; the row's values.
+
+        Args:
+            position: Where the epoch's body ended.
+
+        Raises:
+            UsageError: The early-stopping metric is not among the epoch's values.
+        """
+        self.flush()
+        read_all([self._epoch_values])
+        values: dict[str, Any] = {**self.averages.means(), **self._epoch_values}
+        self._journal.append(_row("epoch", position, values))
+        if self._settings is not None:
+            self._judge(self._settings, position, values)
+        self.averages.clear()
+        self._epoch_values, self._last_epoch_row = {}, values
+        return values
+
+    def _judge(self, settings: EarlyStopping, position: Position, values: Mapping[str, float]) -> None:
+        if settings.metric not in values:
+            raise UsageError(
+                f"early stopping watches {settings.metric!r}, which epoch {position.epoch} did not log",
+                found=sorted(values),
+                expected=settings.metric,
+                hint=f"log it with run.log_epoch({settings.metric}=...); logged were: {', '.join(values) or 'none'}",
+            )
+        value = float(values[settings.metric])
+        self.counters = settings.updated(self.counters, value)
+        self.best = better(settings, self.best, BestValue(settings.metric, value, position.epoch, position.step))
+
+    @property
+    def should_stop(self) -> bool:
+        """Whether early stopping's patience, as the script says it now, is used up."""
+        return self._settings is not None and self._settings.should_stop(self.counters)
+
+    @property
+    def last_epoch_values(self) -> dict[str, float]:
+        """Values of the newest epoch row."""
+        return self._last_epoch_row
+
+    def mark(self) -> Mark:
+        """Where the journal stands, every row so far included."""
+        self.flush()
+        return self._journal.mark()
+
+    def sync(self) -> None:
+        """Make the journal durable; called by the thread that writes snapshots."""
+        self._journal.sync()
+
+    def history(self) -> History:
+        """All rows so far."""
+        self.show_rows()
+        return History.read(self._path)
+
+    def rewind(self, mark: Mark) -> bool:
+        """Cut the journal back to a mark; False if it does not hold what the mark counts."""
+        return self._journal.rewind(mark)
+
+    def reopen(self) -> None:
+        """Take up the journal anew after its file was replaced."""
+        self._journal.close()
+        self._journal = Journal.open(self._path)
+
+    def append_row(self, row: Mapping[str, Any]) -> None:
+        """Put back a row that was read from a damaged journal."""
+        self._journal.append(row)
+
+    def close(self) -> None:
+        """Close the journal; rows that no snapshot counts stay until the next start cuts them."""
+        self._journal.close()
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a snapshot keeps of it beside the mark."""
+        self.flush()
+        read_all([self._epoch_values])
+        best = self.best
+        return {
+            "averages": self.averages.state_dict(),
+            "epoch_values": [[name, value] for name, value in self._epoch_values.items()],
+            "counters": [self.counters.reference, self.counters.wait],
+            "best": None if best is None else [best.metric, best.value, best.epoch, best.step],
+            "watched": self._watched(),
+            "last_epoch_row": [[name, value] for name, value in self._last_epoch_row.items()],
+        }
+
+    def _watched(self) -> list[str] | None:
+        return None if self._settings is None else [self._settings.metric, self._settings.mode]
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """The way back of `state_dict`; counters of another metric than the one watched now are dropped."""
+        self._pending.clear()
+        self.averages.load_state_dict(state["averages"])
+        self._epoch_values = dict(state["epoch_values"])
+        self._last_epoch_row = dict(state["last_epoch_row"])
+        if self._watched() == state["watched"]:
+            self.counters = StoppingCounters(*state["counters"])
+            self.best = None if state["best"] is None else BestValue(*state["best"])
+
+
+def _row(kind: str, position: Position, values: Mapping[str, Any]) -> dict[str, Any]:
+    return {"row": kind, "step": position.step, "epoch": position.epoch, "batch": position.batch, **values}

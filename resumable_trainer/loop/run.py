@@ -1,0 +1,692 @@
+"""Run: the user's own loop, made resumable.
+
+A snapshot is taken only at *boundaries*: before an epoch's first batch, after a batch's body, after
+an epoch's body. Between them the loop's own code runs, and after a resume it runs again from the
+boundary: that is why the state is put back at three places (on entering, before the first epoch's
+body, and where the batches go on), and the generators last at each of them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Self
+
+from resumable_trainer.data.sources import Source, source_of
+from resumable_trainer.errors import (
+    DriftError,
+    Interrupted,
+    Preempted,
+    ResumableTrainerError,
+    SettingsError,
+    Stopped,
+    UsageError,
+)
+from resumable_trainer.loop import identity, launch, opening, screen
+from resumable_trainer.loop.cursor import BatchLoop, Cursor
+from resumable_trainer.loop.held import HeldState
+from resumable_trainer.loop.notices import install_excepthook, notices
+from resumable_trainer.loop.progress import Progress
+from resumable_trainer.loop.record import Record
+from resumable_trainer.loop.triggers import SnapshotPolicy
+from resumable_trainer.manager import Facts, Outcome, RestoreReport, StateManager
+from resumable_trainer.snapshot.layout import METRICS, snapshot_name
+from resumable_trainer.snapshot.retention import to_delete
+from resumable_trainer.state import generators
+from resumable_trainer.state.modes import StepWatch
+from resumable_trainer.state.parts import check_parts, scalar_settings, undriven_schedulers
+
+if TYPE_CHECKING:
+    import os
+    import signal
+    from collections.abc import Callable, Iterator, Mapping
+    from types import TracebackType
+
+    from resumable_trainer.metrics.early_stopping import EarlyStopping
+    from resumable_trainer.metrics.history import History
+    from resumable_trainer.snapshot.tree import Flat
+
+_SHOW_ROWS_SECONDS = 1.0
+_MAX_SOURCES = 16
+
+
+class Run:
+    """A training that can be killed at any instant and continues as if nothing had happened.
+
+    Use it as a context manager: entering takes the run's lock and restores the newest valid snapshot.
+
+    Args:
+        directory: The run directory. None: the one that the command line hands over, or
+            `runs/<name of the script>`.
+        state: Parts by name: model, optimizer, scheduler, scaler, EMA model, random generators,
+            anything with `state_dict()` and `load_state_dict()`.
+        seed: Seed of the order of data; a fresh run also seeds the global generators with it.
+        snapshots: When to save and what to keep.
+        early_stopping: When to stop; None never does.
+        progress: None: bars on a terminal, lines elsewhere; True: bars; False: nothing.
+        strict: Refuse to continue if something that the numbers depend on has changed.
+
+    Raises:
+        SettingsError: Illegal settings, all problems at once.
+
+    What lives in the script's local variables across batches is not captured: hand it over as a part.
+    """
+
+    def __init__(
+        self,
+        directory: str | os.PathLike[str] | None = None,
+        *,
+        state: Mapping[str, object],
+        seed: int = 0,
+        snapshots: SnapshotPolicy | None = None,
+        early_stopping: EarlyStopping | None = None,
+        progress: bool | None = None,
+        strict: bool = False,
+    ) -> None:
+        check_parts(state)
+        if not isinstance(seed, int) or isinstance(seed, bool) or not 0 <= seed < 2**63:
+            raise SettingsError(f"Run: seed is {seed!r}, it must be an int from 0 to 2**63 - 1")
+        self._command = launch.process.handover.command or launch.Command.current()
+        self.directory = Path(directory) if directory is not None else launch.directory_for(self._command)
+        self.outcome: Outcome | None = None
+        self.resumed_from: str | None = None
+        self._state = dict(state)
+        self._seed = seed
+        self._policy = snapshots if snapshots is not None else SnapshotPolicy()
+        self._early_stopping = early_stopping
+        self._screen = Progress.for_choice(progress)
+        self._strict = strict or launch.process.handover.strict
+        self._clock: Callable[[], float] = time.monotonic
+        self._cursor = Cursor()
+        self._total: int | None = None
+        self._ended_by_break_at: int | None = None  # the total that held when the epoch loop was left by break
+        self._entered = False
+        # Between two boundaries:
+        self._values: dict[str, Any] | None = None  # what the batch under way has logged; None outside a batch
+        self._loop: BatchLoop | None = None
+        self._loop_number = 0
+        self._in_epoch = self._epochs_left_by_break = False
+        self._snapshot_wanted = False
+        self._held: HeldState | None = None
+        self._evaluates = True  # until an epoch has shown that it does not go through run.evaluating
+        # After a resume, until the loop has caught up:
+        self._report: RestoreReport | None = None
+        self._epoch_generators: Any = None
+        self._sources: dict[Any, tuple[Any, Source]] = {}
+        self._source_states: dict[int, Any] = {}
+        self._loop_sources: list[Source] = []  # by number of the loop over batches within an epoch
+        self._facts: dict[str, Any] = {}
+        self._saved_facts: Mapping[str, Any] = {}
+        self._settings: dict[str, Any] = {}
+        self._last_snapshot_at = self._rows_shown_at = 0.0
+
+    # -- opening ----------------------------------------------------------------------------------
+
+    def __enter__(self) -> Self:
+        notices.install()
+        install_excepthook(launch.process.note_failure)
+        self._manager = StateManager(
+            self.directory,
+            state=self._state,
+            retain=self._retain(),
+            lock=launch.process.handover.locks.pop(self.directory.resolve(), None),
+            command=str(self._command),
+        ).open()
+        try:
+            self._open()
+        except BaseException:
+            notices.uninstall()
+            self._manager.close()
+            raise
+        return self
+
+    def _open(self) -> None:
+        launch.process.note_opened(self.directory, self._manager.lock.generation)
+        opening.identify(self._manager, self._command, self._seed)
+        opening.note_launch(self._manager, self._command)
+        self._record = Record(self.directory / METRICS, self._early_stopping)
+        self._watch = StepWatch(self._state)
+        self._manager.watch_gradients(self._watch.used_gradients)
+        settings = {name: opening.json_values(scalar_settings(part)) for name, part in self._state.items()}
+        self._settings = {name: found for name, found in settings.items() if found}
+        self._facts = identity.current_facts(self._command, seed=self._seed, state=self._state)
+        which = opening.begin_line(self._manager, self._record, self.directory)
+        report = self._manager.find(which)
+        lines = screen.swept(self._manager.swept) + screen.quarantined(report)
+        if report.manifest is None:
+            lines += opening.lost_snapshots(self.directory)
+            opening.start_afresh(self._record, self._seed)
+            self._screen.say([*lines, *screen.banner(self.directory, self._state, self._facts)])
+        else:
+            self._screen.say(lines)
+            self._resume(report)
+        self._screen.say(screen.missing_schedulers(undriven_schedulers(self._state)))
+        self._last_snapshot_at = self._rows_shown_at = self._clock()
+        self._entered = True
+
+    def _resume(self, found: RestoreReport) -> None:
+        """Restore the chosen snapshot, and say what was found."""
+        assert found.manifest is not None
+        manifest = found.manifest
+        self._saved_facts = manifest.depends_on
+        drift = identity.drift(self._saved_facts, self._facts)
+        drift += identity.settings_drift(manifest.settings, self._settings)
+        self._refuse_drift(drift)
+        report = self._manager.apply(found)
+        self._manager.set_aside(report.set_aside, reason=f"going back to {report.snapshot}")
+        lines = opening.rewind(self._manager, self._record, manifest)
+        self._load_loop(report.sections["loop"])
+        self._report = report
+        self.resumed_from = report.snapshot
+        self.outcome = manifest.outcome
+        position = self._cursor.position
+        self._manager.lock.note_step(position.step)
+        self._manager.note("resumed", snapshot=report.snapshot, **vars_of(position))
+        self._screen.say(screen.banner(self.directory, self._state, self._facts))
+        self._screen.say([*screen.resumed(report, self._record), *lines, *screen.drift(drift), *report.notes])
+
+    def _refuse_drift(self, lines: list[str]) -> None:
+        if lines and self._strict:
+            raise DriftError(
+                f"run {self.directory} depends on things that have changed since its snapshot:\n  "
+                + "\n  ".join(lines)
+                + "\n",
+                path=self.directory,
+                found=lines,
+                hint="put them back, or start without --strict",
+            )
+
+    def _retain(self) -> Callable[..., list[str]]:
+        policy = self._policy
+        every_steps = None
+        if policy.keep_every is not None and policy.every_steps is not None:
+            every_steps = policy.keep_every * policy.every_steps
+        return partial(
+            to_delete,
+            keep_last=policy.keep_last,
+            keep_best=policy.keep_best if self._early_stopping else 0,
+            keep_every=policy.keep_every,
+            keep_every_steps=every_steps,
+            mode=self._early_stopping.mode if self._early_stopping else "max",
+        )
+
+    # -- the loop over epochs ---------------------------------------------------------------------
+
+    def epochs(self, total: int) -> Iterator[int]:
+        """Epoch numbers still to be trained, from 0 to `total - 1`.
+
+        After each body: the epoch's row, early stopping, a snapshot, retention. `break` ends the run
+        there, and a resume does not redo the rest.
+
+        Args:
+            total: Total for the whole run, not "more epochs".
+
+        Raises:
+            SettingsError: `total` is no int of at least 0.
+        """
+        if not isinstance(total, int) or isinstance(total, bool) or total < 0:
+            raise SettingsError(f"epochs: total is {total!r}, it must be an int of at least 0")
+        self._settle()
+        if self._in_epoch:
+            raise UsageError("epochs: this run is within an epoch already", hint="one loop over epochs at a time")
+        self._total = total
+        return self._epochs(total)
+
+    def _epochs(self, total: int) -> Iterator[int]:
+        self._screen.begin_epochs(total, self._cursor.epoch)
+        if self._is_over(total):
+            self._end_without_training(total)
+            return
+        self._screen.say(screen.remaining(self._cursor, total, self._early_stopping, self._record))
+        while not self._is_over(total):
+            self._begin_epoch()
+            try:
+                yield self._cursor.epoch
+            except GeneratorExit:
+                # `break`, or an exception on its way: the next call on this run, or leaving it, tells which.
+                self._epochs_left_by_break = True
+                raise
+            self._end_epoch(total, left=False)
+
+    def _is_over(self, total: int) -> bool:
+        if self._cursor.epoch >= total:
+            return True
+        if self._ended_by_break_at is not None and total <= self._ended_by_break_at:
+            return True
+        within_epoch = bool(self._cursor.loops)
+        return not within_epoch and self._record.should_stop
+
+    def _end_without_training(self, total: int) -> None:
+        """Nothing to do: finished before, or what the script says now has made it so."""
+        outcome: Outcome = "stopped_early" if self._record.should_stop and self._cursor.epoch < total else "finished"
+        if self.outcome != outcome:
+            self._manager.note("finished", outcome=outcome, **vars_of(self._cursor.position))
+        self.outcome = outcome
+
+    def _begin_epoch(self) -> None:
+        self.outcome = None
+        self._ended_by_break_at = None
+        self._in_epoch = True
+        self._loop_number, self._loop, self._held = 0, None, None
+        if self._report is None:
+            self._epoch_generators = generators.capture_global()
+        elif self._cursor.loops:
+            # Within an epoch: its body's beginning runs again, and must draw what it drew then.
+            generators.restore_global(self._epoch_generators)
+        else:
+            self._restore_again()
+            self._epoch_generators = generators.capture_global()
+
+    def _end_epoch(self, total: int, *, left: bool) -> None:
+        """After the body: row, early stopping, snapshot; `left` if the loop was left by `break`."""
+        self._end_open_batches()
+        self._in_epoch = False
+        if self._report is not None:
+            self._report = None  # a resumed epoch whose body never came to its batches again
+        values = self._record.end_epoch(self._cursor.position)
+        epoch = self._cursor.epoch
+        self._cursor.next_epoch()
+        self.outcome = self._outcome_after_epoch(total, left=left)
+        self._screen.epoch_done(epoch, values, screen.best_and_latest(self._record, self._manager))
+        seconds = self._clock() - self._last_snapshot_at
+        due = self._policy.due_after_epoch(self._cursor.epoch, seconds)
+        if self.outcome is not None or due or self._snapshot_wanted or notices.pending:
+            self._save(epoch_complete=True)
+        if self.outcome is not None:
+            self._manager.note("finished", outcome=self.outcome, **vars_of(self._cursor.position))
+        elif notices.leave is not None:
+            self._leave(notices.leave, f"after epoch {self._cursor.epoch}")
+
+    def _outcome_after_epoch(self, total: int, *, left: bool) -> Outcome | None:
+        if left:
+            self._ended_by_break_at = total
+            return "finished"
+        if self._cursor.epoch >= total:
+            return "finished"
+        return "stopped_early" if self._record.should_stop else None
+
+    def _settle(self) -> None:
+        """Whoever calls on the run after its loops were left by `break` finds them ended in order."""
+        if not self._entered:
+            raise UsageError("this run is not open", hint="use it in a with statement: with Run(...) as run:")
+        if self._epochs_left_by_break:
+            self._epochs_left_by_break = False
+            assert self._total is not None
+            self._end_epoch(self._total, left=True)
+
+    # -- the loop over batches --------------------------------------------------------------------
+
+    def batches(
+        self, data: Any, *, batch_size: int | None = None, shuffle: bool = False, drop_last: bool = False
+    ) -> Iterator[Any]:
+        """Batches of this epoch that are not done yet.
+
+        A batch counts as done when the next one is asked for. `break` ends the epoch's batches there.
+
+        Args:
+            data: A DataLoader, unchanged; tensors or a TensorDataset (with `batch_size`); a sequence;
+                an iterable with `state_dict()`; any other iterable.
+            batch_size: Samples per batch; for tensors.
+            shuffle: Whether each epoch has an order of its own; for tensors.
+            drop_last: Whether a short last batch is left out; for tensors.
+
+        Raises:
+            SettingsError: Data or settings that give no batches.
+            UsageError: Not within an epoch, or within another loop over batches.
+            DriftError: The data have changed since the snapshot, and `strict` is set.
+        """
+        self._settle()
+        if not self._in_epoch:
+            raise UsageError(
+                "batches: not within an epoch", hint="for epoch in run.epochs(n): for x in run.batches(...)"
+            )
+        self._end_open_batches()
+        source = self._source(data, batch_size, shuffle, drop_last, salt="train")
+        number, self._loop_number = self._loop_number, self._loop_number + 1
+        self._take_up(source, number)
+        self._check_data(number, source)
+        return self._batches(source, number)
+
+    def _batches(self, source: Source, number: int) -> Iterator[Any]:
+        cursor = self._cursor
+        if number + 1 < len(cursor.loops):
+            return  # done before the snapshot; what follows it in the body runs again
+        if number == len(cursor.loops):
+            cursor.loops.append(BatchLoop())
+        loop = self._loop = cursor.loops[number]
+        iterator = self._iterator(source, loop)
+        if self._report is not None:
+            # Invariant: after what skipping drew, and after what the body's beginning has changed.
+            self._restore_again()
+        self._screen.begin_batches(cursor.epoch, source.num_batches(), loop.done)
+        self._boundary()
+        weigh, watch = source.weight, self._watch
+        for batch in iterator:
+            watch.batch_begins()
+            self._values = {}
+            try:
+                yield batch
+            except GeneratorExit:
+                self._end_batch(loop, weigh(batch))
+                self._end_batches(loop)
+                raise
+            self._end_batch(loop, weigh(batch))
+            if notices.pending or self._snapshot_due():
+                self._boundary()
+        self._end_batches(loop)
+
+    def _take_up(self, source: Source, number: int) -> None:
+        """Note which source this loop of the epoch runs over, with its state of before a resume."""
+        del self._loop_sources[number:]
+        self._loop_sources.append(source)
+        state = self._source_states.pop(number, None)
+        if state is not None:
+            source.restore(state)
+
+    def _iterator(self, source: Source, loop: BatchLoop) -> Iterator[Any]:
+        if loop.over:
+            return iter(())
+        if loop.done and source.skip_cost:
+            self._screen.say([f"resume  {source.skip_cost} ({loop.done} here)"])
+        return source.batches(epoch=self._cursor.epoch, start=loop.done)
+
+    def _end_batch(self, loop: BatchLoop, weight: int) -> None:
+        values = self._values
+        if values:
+            self._record.add_step(self._cursor.position, weight, values)
+        self._values = None
+        self._cursor.count_batch(loop)
+        if self._screen.batch_done():
+            self._show()
+
+    def _end_batches(self, loop: BatchLoop) -> None:
+        """The loop is over, at its data's end or by `break`."""
+        loop.over = True
+        self._loop = None
+        self._screen.end_batches()
+        if self._evaluates:
+            self._held = HeldState(self._capture(epoch_complete=False))
+            self._evaluates = False
+
+    def _end_open_batches(self) -> None:
+        """A loop left by `break` whose iterator is still referred to somewhere."""
+        if self._loop is not None:
+            if self._values is not None:
+                self._end_batch(self._loop, 1)
+            self._end_batches(self._loop)
+
+    def _snapshot_due(self) -> bool:
+        policy = self._policy
+        if self._snapshot_wanted:
+            return True
+        if policy.every_steps is None and policy.every_seconds is None:
+            return False
+        return policy.due_after_batch(self._cursor.step, self._clock() - self._last_snapshot_at)
+
+    def _boundary(self) -> None:
+        """A place within the epoch at which the state is whole.
+
+        Before the first batch nothing is saved: what the body's beginning has done belongs to no
+        position. If the state before it is durable, a notice is followed at once.
+        """
+        if not self._cursor.batch:
+            if notices.leave is not None and self._epoch_start_is_durable():
+                self._leave(notices.leave, f"before the first batch of epoch {self._cursor.epoch + 1}")
+        elif notices.leave is not None:
+            self._save(epoch_complete=False)
+            self._leave(notices.leave, f"after step {self._cursor.step}")
+        elif notices.save or self._snapshot_due():
+            self._save(epoch_complete=False)
+
+    def _epoch_start_is_durable(self) -> bool:
+        self._manager.wait()
+        start = snapshot_name(self._cursor.position, epoch_complete=True)
+        return self._cursor.step == 0 or self._manager.latest == start
+
+    # -- evaluation -------------------------------------------------------------------------------
+
+    def evaluating(self, data: Any, *, batch_size: int | None = None) -> Iterator[Any]:
+        """Batches for an evaluation; a notice is served between them.
+
+        Args:
+            data: As for `batches`; tensors without `batch_size` come as one batch.
+            batch_size: Samples per batch; for tensors.
+
+        Raises:
+            SettingsError: Data or settings that give no batches.
+        """
+        self._settle()
+        self._evaluates = True
+        source = self._source(data, batch_size, shuffle=False, drop_last=False, salt="evaluating")
+        return self._evaluating(source)
+
+    def _evaluating(self, source: Source) -> Iterator[Any]:
+        for batch in source.batches(epoch=self._cursor.epoch):
+            if notices.leave is not None and self._values is None:
+                self._leave_from_evaluation(notices.leave)
+            yield batch
+
+    def _leave_from_evaluation(self, number: signal.Signals) -> None:
+        """Save the state as it was before evaluation began; if it is gone, the last snapshot stands."""
+        state = self._held.again() if self._held is not None else None
+        if state is not None and self._in_epoch:
+            self._write(state, self._snapshot_facts(epoch_complete=False), background=False)
+            self._leave(number, "in evaluation")
+        self._manager.wait()
+        self._leave(number, "in evaluation, whose start cannot be had again: the last durable snapshot stands")
+
+    # -- numbers ----------------------------------------------------------------------------------
+
+    def log(self, **values: object) -> None:
+        """Put values into this batch's row: floats, ints or tensors of one element.
+
+        Never waits for a device. The epoch's means of them, weighted by samples, come into its row.
+
+        Raises:
+            UsageError: Outside a batch, a reserved name, a value that is no number.
+        """
+        if self._values is None:
+            raise UsageError("log: no batch is under way", hint="values of a whole epoch go into run.log_epoch(...)")
+        self._values.update(self._record.take(values))
+
+    def log_epoch(self, **values: object) -> None:
+        """Put values into this epoch's row; they stand before means of the same name.
+
+        Raises:
+            UsageError: Outside an epoch, a reserved name, a value that is no number.
+        """
+        if not self._in_epoch:
+            raise UsageError("log_epoch: no epoch is under way")
+        self._record.add_epoch_values(values)
+
+    @property
+    def history(self) -> History:
+        """All rows so far, as columns by name; reads the journal."""
+        self._settle()
+        return self._record.history()
+
+    @property
+    def step(self) -> int:
+        """Training batches finished since the start of the run."""
+        return self._cursor.step
+
+    @property
+    def epoch(self) -> int:
+        """Index of the epoch under way; epochs finished outside of one."""
+        return self._cursor.epoch
+
+    @property
+    def batch(self) -> int:
+        """Batches finished in the epoch under way."""
+        return self._cursor.batch
+
+    @property
+    def averages(self) -> dict[str, float]:
+        """Means of the step values over the epoch so far; reads device tensors."""
+        self._record.flush()
+        return self._record.averages.means()
+
+    # -- snapshots --------------------------------------------------------------------------------
+
+    def snapshot(self) -> None:
+        """One more snapshot, at the next boundary: the end of this batch, else of this epoch.
+
+        Between boundaries the state belongs to no position, so that a resume could not be exact.
+        """
+        self._settle()
+        self._snapshot_wanted = True
+
+    def _capture(self, *, epoch_complete: bool) -> Flat:
+        return self._manager.capture({"loop": self._loop_state(epoch_complete=epoch_complete)})
+
+    def _loop_state(self, *, epoch_complete: bool) -> dict[str, Any]:
+        return {
+            "cursor": self._cursor.state_dict(),
+            "record": self._record.state_dict(),
+            "epoch_generators": None if epoch_complete else self._epoch_generators,
+            "sources": self._capture_sources(epoch_complete=epoch_complete),
+            "ended_by_break_at": self._ended_by_break_at,
+        }
+
+    def _capture_sources(self, *, epoch_complete: bool) -> list[list[Any]]:
+        """[number of the loop, state] of every source that keeps its own place."""
+        captured = []
+        for number, source in enumerate(self._loop_sources):
+            under_way = self._loop is not None and number + 1 == self._loop_number and not self._loop.over
+            state = source.capture(epoch_complete=epoch_complete or not under_way)
+            if state is not None:
+                captured.append([number, state])
+        return captured
+
+    def _load_loop(self, state: Mapping[str, Any]) -> None:
+        self._cursor = Cursor.from_state(state["cursor"])
+        self._record.load_state_dict(state["record"])
+        self._epoch_generators = state["epoch_generators"]
+        self._source_states = dict(state["sources"])
+        self._ended_by_break_at = state["ended_by_break_at"]
+
+    def _restore_again(self) -> None:
+        """Put the snapshot's state back once more: code since then has run on it."""
+        assert self._report is not None
+        report, self._report = self._report, None
+        self._manager.apply(report, strictly=False)
+
+    def _save(self, *, epoch_complete: bool) -> None:
+        leaving = notices.leave is not None or self.outcome is not None
+        staged = self._manager.stage(self._capture(epoch_complete=epoch_complete))
+        facts = self._snapshot_facts(epoch_complete=epoch_complete)
+        self._write(staged, facts, background=self._policy.background and not leaving)
+        self._snapshot_wanted = False
+        notices.served()
+
+    def _write(self, staged: Flat, facts: Facts, *, background: bool) -> None:
+        self._manager.write(staged, facts, background=background, before_commit=self._record.sync)
+        self._last_snapshot_at = self._clock()
+
+    def _snapshot_facts(self, *, epoch_complete: bool) -> Facts:
+        return Facts(
+            position=self._cursor.position,
+            epoch_complete=epoch_complete,
+            journal=self._record.mark(),
+            outcome=self.outcome if epoch_complete else None,
+            best=self._record.best,
+            metrics=opening.json_values(self._record.last_epoch_values),
+            settings=self._settings,
+            depends_on=self._facts,
+            saved_by=identity.versions(),
+        )
+
+    # -- data -------------------------------------------------------------------------------------
+
+    def _source(self, data: Any, batch_size: int | None, shuffle: bool, drop_last: bool, *, salt: str) -> Source:
+        """The source of some data, kept: its workers may be persistent."""
+        identities = tuple(map(id, data)) if type(data) in (tuple, list) else (id(data),)
+        key = (salt, identities[:64], len(identities), batch_size, shuffle, drop_last)
+        if key not in self._sources:
+            if salt == "evaluating" and batch_size is None:
+                batch_size = opening.whole_size(data)
+            source = source_of(
+                data, seed=self._seed, batch_size=batch_size, shuffle=shuffle, drop_last=drop_last, salt=salt
+            )
+            self._sources[key] = (data, source)  # the data too: while they live, nothing else has their id
+            if len(self._sources) > _MAX_SOURCES:
+                self._sources.pop(next(iter(self._sources)))[1].close()
+        return self._sources[key][1]
+
+    def _check_data(self, number: int, source: Source) -> None:
+        """Compare the data with what the snapshot saw; once per loop over batches."""
+        name = "data" if number == 0 else f"data {number + 1}"
+        if name in self._facts:
+            return
+        self._facts[name] = source.fingerprint()
+        self._screen.say([f"data    {source.describe()}"])
+        drift = identity.drift({name: self._saved_facts[name]} if name in self._saved_facts else {}, self._facts)
+        self._refuse_drift(drift)
+        self._screen.say(screen.drift(drift))
+
+    # -- people and endings -----------------------------------------------------------------------
+
+    def _show(self) -> None:
+        self._manager.poll()
+        self._record.flush_what_is_here()
+        extra = screen.best_and_latest(self._record, self._manager)
+        self._screen.refresh(self._cursor.epoch, self._cursor.step, self._record.averages.means(), extra)
+        now = self._clock()
+        if now - self._rows_shown_at >= _SHOW_ROWS_SECONDS:
+            self._rows_shown_at = now
+            self._record.show_rows()
+            self._manager.lock.note_step(self._cursor.step)
+
+    def _leave(self, number: signal.Signals, where: str) -> None:
+        """Unwind the user's loops with the exit code of the notice; the state is durable by now."""
+        self._manager.wait()
+        kind = Interrupted if number.name == "SIGINT" else Preempted
+        event = "interrupted" if kind is Interrupted else "preempted"
+        latest = self._manager.latest
+        self._manager.note(event, signal=number.name, snapshot=latest, **vars_of(self._cursor.position))
+        raise kind(screen.left(number.name, where, latest, int(kind.exit_code)))
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        try:
+            if error is None:
+                self._settle()
+            elif not isinstance(error, Stopped):
+                self._note_failure(error)
+        finally:
+            self._close(error)
+        if error is None or isinstance(error, Stopped):
+            self._screen.say([error.message] if isinstance(error, Stopped) else self._ending())
+
+    def _note_failure(self, error: BaseException) -> None:
+        fields = vars_of(self._cursor.position)
+        with contextlib.suppress(OSError):  # on a full disk the error itself matters, not its note
+            self._manager.note("failed", error=f"{type(error).__name__}: {error}"[:500], **fields)
+
+    def _close(self, error: BaseException | None) -> None:
+        self._entered = self._in_epoch = False
+        self._screen.close()
+        for _, source in self._sources.values():
+            source.close()
+        self._watch.close()
+        notices.uninstall()
+        if isinstance(error, Interrupted):
+            notices.reset()  # in a notebook the process lives on, and the cell may be run again
+        try:
+            self._manager.close()
+        except ResumableTrainerError:
+            if error is None or isinstance(error, Stopped):
+                raise
+        finally:
+            self._record.close()
+
+    def _ending(self) -> list[str]:
+        return screen.ending(self.directory, self.outcome, self._cursor, self._record, self._manager.latest)
+
+
+def vars_of(position: Any) -> dict[str, int]:
+    """A position as fields of an event."""
+    return {"step": position.step, "epoch": position.epoch, "batch": position.batch}

@@ -1,0 +1,116 @@
+"""The lines that a person reads: banner, what was resumed, what remains, how it ended."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+    from pathlib import Path
+
+    from resumable_trainer.loop.cursor import Cursor
+    from resumable_trainer.loop.record import Record
+    from resumable_trainer.manager import RestoreReport, StateManager
+    from resumable_trainer.metrics.early_stopping import BestValue, EarlyStopping
+
+
+def banner(directory: Path, state: Mapping[str, object], facts: Mapping[str, Any]) -> list[str]:
+    """Run, device, size and parts."""
+    parameters = sum(
+        parameter.numel()
+        for part in state.values()
+        if isinstance(part, torch.nn.Module)
+        for parameter in part.parameters()
+    )
+    return [
+        f"run     {directory} | {facts['device']} | {parameters:,} parameters | seed {facts['seed']}"
+        f" | torch {facts['torch']}, {facts['threads']} threads",
+        f"parts   {', '.join(state)}",
+    ]
+
+
+def resumed(report: RestoreReport, record: Record) -> list[str]:
+    """What was restored, and from where."""
+    assert report.manifest is not None
+    at = report.manifest.position
+    place = (
+        f"{at.epoch} epochs complete" if report.manifest.epoch_complete else f"epoch {at.epoch + 1}, batch {at.batch}"
+    )
+    lines = [f"resume  {report.snapshot} ({place}, step {at.step}; verified), {best_text(record.best)}"]
+    if report.set_aside:
+        lines.append(f"aside   {len(report.set_aside)} newer snapshots were set aside: {', '.join(report.set_aside)}")
+    return lines
+
+
+def swept(names: Sequence[str]) -> list[str]:
+    """Unfinished snapshots of a process that died."""
+    return (
+        [f"swept   {len(names)} unfinished snapshot{'s' if len(names) > 1 else ''} of an earlier launch"]
+        if names
+        else []
+    )
+
+
+def quarantined(report: RestoreReport) -> list[str]:
+    """One line for each damaged snapshot."""
+    return [
+        f"damaged {name}: {reason}; moved to quarantine, using {report.snapshot}"
+        for name, reason in report.quarantined.items()
+    ]
+
+
+def drift(lines: Sequence[str]) -> list[str]:
+    """One line per change."""
+    return [f"drift   {line}" for line in lines]
+
+
+def missing_schedulers(names: Sequence[str]) -> list[str]:
+    """The classic silent loss: a scheduler that starts over at each resume."""
+    return [
+        f"warning a learning-rate scheduler drives {name!r} and is not among the parts: it will start over at each"
+        ' resume; add it: state={..., "scheduler": scheduler}'
+        for name in names
+    ]
+
+
+def remaining(cursor: Cursor, total: int, settings: EarlyStopping | None, record: Record) -> list[str]:
+    """What is still to be done."""
+    text = f"target  {total} epochs in total, {total - cursor.epoch} to go"
+    if cursor.batch:
+        text += f" (the first from batch {cursor.batch} on)"
+    if settings is not None:
+        text += f" | early stopping on {settings.metric}: patience {settings.patience}, {record.counters.wait} used"
+    return [text]
+
+
+def best_text(best: BestValue | None) -> str:
+    """The best value, for a line."""
+    if best is None:
+        return "no best value yet"
+    return f"best {best.metric} {best.value:.4f} @ epoch {best.epoch + 1}"
+
+
+def best_and_latest(record: Record, manager: StateManager) -> str:
+    """Best value and latest durable snapshot, for a bar."""
+    parts = [] if record.best is None else [best_text(record.best)]
+    if manager.latest is not None:
+        parts.append(f"saved {manager.latest}")
+    return " | ".join(parts)
+
+
+def left(signal: str, where: str, snapshot: str | None, code: int) -> str:
+    """The last line before leaving on a notice."""
+    saved = f"saved as {snapshot}" if snapshot else "nothing was trained yet, nothing to save"
+    return f"stopped by {signal} {where} | {saved} | exit {code}: start the same command again to continue"
+
+
+def ending(directory: Path, outcome: str | None, cursor: Cursor, record: Record, latest: str | None) -> list[str]:
+    """How the run ended, its best value, and where things are."""
+    how = {"finished": "finished", "stopped_early": "stopped early", None: "left before its end"}[outcome]
+    lines = [f"{how}: {cursor.epoch} epochs, {cursor.step} steps | {best_text(record.best)}"]
+    if latest is not None:
+        lines.append(f"latest  {directory / 'snapshots' / latest}")
+    lines.append(f"metrics {directory / 'metrics.jsonl'}")
+    return lines
