@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 
-from resumable_trainer.data import gather
-from resumable_trainer.data.loader import LoaderSource
+from resumable_trainer.data.gather import TensorSource
+from resumable_trainer.data.loader import GatheringSource, LoaderSource, StreamSource, only_gathers
+from resumable_trainer.data.samplers import is_stateful
 from resumable_trainer.data.sequences import IterableSource, SequenceSource, StatefulSource
 from resumable_trainer.errors import SettingsError
 
@@ -73,9 +74,9 @@ def source_of(
     if tensors is not None:
         if batch_size is None:
             raise SettingsError("data: tensors need a batch_size", hint="run.batches((x, y), batch_size=10)")
-        wrap = _only if isinstance(data, torch.Tensor) else tuple
-        return gather.TensorSource(
-            tensors, seed=seed, batch_size=batch_size, shuffle=shuffle, drop_last=drop_last, salt=salt, wrap=wrap
+        bare = isinstance(data, torch.Tensor)
+        return TensorSource(
+            tensors, seed=seed, batch_size=batch_size, shuffle=shuffle, drop_last=drop_last, salt=salt, bare=bare
         )
     if batch_size is not None or shuffle or drop_last:
         raise SettingsError(
@@ -86,26 +87,27 @@ def source_of(
 
 
 def _batched(data: Any, *, seed: int, salt: str) -> Source:
-    if _is_stateful(data):
-        return StatefulSource(data)
-    if isinstance(data, DataLoader) and not isinstance(data.dataset, IterableDataset):
-        if type(data).__iter__ is DataLoader.__iter__:
-            return gather.from_loader(data, seed=seed, salt=salt) or LoaderSource(data, seed=seed, salt=salt)
-        return IterableSource(data, seed=seed, salt=salt)
+    if is_stateful(data):
+        return StatefulSource(data, seed=seed, salt=salt)
+    if isinstance(data, DataLoader) and type(data).__iter__ is DataLoader.__iter__:
+        return _of_loader(data, seed=seed, salt=salt)
     if isinstance(data, Dataset) and not isinstance(data, IterableDataset):
         raise SettingsError(
             f"data: {type(data).__name__} is a dataset, which gives samples and no batches",
             hint="wrap it: DataLoader(dataset, batch_size=..., shuffle=True)",
         )
     if hasattr(data, "__len__") and hasattr(data, "__getitem__") and not isinstance(data, dict | DataLoader):
-        return SequenceSource(data)
+        return SequenceSource(data, seed=seed, salt=salt)
     if hasattr(data, "__iter__"):
         return IterableSource(data, seed=seed, salt=salt)
     raise SettingsError(f"data: {type(data).__name__} cannot be iterated over")
 
 
-def _only(tensors: Any) -> Any:
-    return tensors[0]
+def _of_loader(loader: DataLoader[Any], *, seed: int, salt: str) -> Source:
+    if isinstance(loader.dataset, IterableDataset):
+        return StreamSource(loader, seed=seed, salt=salt)
+    kind = GatheringSource if only_gathers(loader) else LoaderSource
+    return kind(loader, seed=seed, salt=salt)
 
 
 def _tensors_of(data: Any, batch_size: int | None) -> list[torch.Tensor] | None:
@@ -121,7 +123,3 @@ def _tensors_of(data: Any, batch_size: int | None) -> list[torch.Tensor] | None:
     ):
         return list(data)
     return None
-
-
-def _is_stateful(data: Any) -> bool:
-    return callable(getattr(data, "state_dict", None)) and callable(getattr(data, "load_state_dict", None))

@@ -1,0 +1,62 @@
+"""What most sources share: the position alone finds the place again, and nothing is held open."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+
+class Stateless:
+    """The part of a source that has nothing to remember and nothing to release."""
+
+    skip_cost: str | None = None
+
+    def capture(self, *, epoch_complete: bool) -> object | None:
+        """Nothing: the position says it all."""
+        return None
+
+    def restore(self, state: object) -> None:
+        """Nothing to do."""
+
+    def weight(self, batch: Any) -> int:
+        """Samples in a batch, as far as can be seen."""
+        return num_samples(batch)
+
+    def close(self) -> None:
+        """Nothing to do."""
+
+
+def num_samples(batch: Any) -> int:
+    """Samples in a batch of any shape.
+
+    Returns:
+        The first dimension of the first tensor or array found; where there is none, the length of a
+        list; 1 where nothing can be seen.
+    """
+    found = _first_dimension(batch)
+    if found is not None:
+        return found
+    return len(batch) if isinstance(batch, list) else 1
+
+
+def _first_dimension(batch: Any) -> int | None:
+    shape = getattr(batch, "shape", None)
+    if isinstance(shape, tuple):
+        return int(shape[0]) if shape else None
+    if isinstance(batch, Mapping):
+        batch = batch.values()
+    elif not isinstance(batch, list | tuple):
+        return None
+    for item in batch:
+        found = _first_dimension(item)
+        if found is not None:
+            return found
+    return None
+
+
+def length(data: Any) -> int | None:
+    """The length of something; None if it has none."""
+    try:
+        return len(data)
+    except (TypeError, NotImplementedError):
+        return None
