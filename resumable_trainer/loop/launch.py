@@ -8,6 +8,7 @@ imported. What it knows it leaves here; the script's `Run` picks it up. Free of 
 from __future__ import annotations
 
 import atexit
+import datetime
 import os
 import sys
 import sysconfig
@@ -110,6 +111,7 @@ class Process:
 
     handover: Handover = field(default_factory=Handover)
     opened: dict[Path, int] = field(default_factory=dict)
+    script: str | None = None
     failed: bool = False
     exit_recorded: bool = False
 
@@ -117,6 +119,8 @@ class Process:
         """Remember a run opened by this process; its exit will be noted in the run's events."""
         if not self.opened:
             atexit.register(self._at_exit, os.getpid())
+            command = self.handover.command or Command.current()
+            self.script = command.script
         self.opened[directory.resolve()] = generation
 
     def note_failure(self) -> None:
@@ -134,11 +138,13 @@ class Process:
         that it opens. A run that somebody else holds by now is left alone.
         """
         self.exit_recorded = True
-        sources = source_digests() if code == 0 else {}
+        sources = source_digests(self.script) if code == 0 else {}
+        time = datetime.datetime.now(datetime.UTC).isoformat(timespec="milliseconds")
         for directory, generation in self.opened.items():
             try:
                 _append_event(
-                    directory, {"event": "exited", "generation": generation, "code": code, "sources": sources}
+                    directory,
+                    {"event": "exited", "time": time, "generation": generation, "code": code, "sources": sources},
                 )
             except (RunHeldError, OSError):
                 continue  # best effort: without the note the next start merely takes the long way
@@ -168,11 +174,13 @@ def directory_for(command: Command) -> Path:
     return process.handover.directory or default_directory(command)
 
 
-def source_digests() -> dict[str, str]:
-    """Digest of every source file of the user's that this process has loaded, by absolute path."""
+def source_digests(script: str | None) -> dict[str, str]:
+    """Digest of every source file of the user's that this process has loaded, by absolute path.
+
+    The script is named, because the interpreter forgets `__main__.__file__` before it exits.
+    """
     digests = {}
-    for module in list(sys.modules.values()):
-        file = getattr(module, "__file__", None)
+    for file in [script, *(getattr(module, "__file__", None) for module in list(sys.modules.values()))]:
         if file and _is_users(file):
             try:
                 digests[str(Path(file).resolve())] = digest_bytes(Path(file).read_bytes())

@@ -1,0 +1,1 @@
+"""The ready-made loop, written with `Run` alone: whatever it can do, an own loop can do."""
