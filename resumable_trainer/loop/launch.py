@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import atexit
 import datetime
+import functools
 import os
 import sys
 import sysconfig
@@ -189,12 +190,17 @@ def source_digests(script: str | None) -> dict[str, str]:
     return dict(sorted(digests.items()))
 
 
+@functools.cache
+def _foreign_roots() -> tuple[str, ...]:
+    """Where the interpreter's, installed packages' and our own sources lie."""
+    roots = {sysconfig.get_path(key) for key in ("stdlib", "platstdlib", "purelib", "platlib")}
+    roots.add(str(Path(__file__).parent.parent))
+    return tuple(f"{root}{os.sep}" for path in roots for root in (path, os.path.realpath(path)))
+
+
 def _is_users(file: str) -> bool:
     """Whether a source file is the user's, not the interpreter's, an installed package's or ours."""
-    path = str(Path(file).resolve())
-    foreign = [sysconfig.get_path(key) for key in ("stdlib", "platstdlib", "purelib", "platlib")]
-    foreign.append(str(Path(__file__).resolve().parent.parent))
-    return path.endswith(".py") and not any(path.startswith(str(Path(p).resolve()) + os.sep) for p in foreign)
+    return file.endswith(".py") and not file.startswith(_foreign_roots())
 
 
 def unchanged_since(sources: dict[str, str]) -> bool:

@@ -1,0 +1,142 @@
+"""`resumable-trainer`: the parser, and errors turned into one line and an exit code.
+
+Declarations are light, and a command's module is imported when it runs: `--help` answers at once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import os
+import sys
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+_EXAMPLES = """examples:
+  resumable-trainer run train.py --lr 0.1        start, or continue where it was killed
+  resumable-trainer resume --from latest         continue the most recent run below runs/
+  resumable-trainer resume runs/pima --from best go back to the best snapshot
+  resumable-trainer status                       where does it stand, and who runs it
+  resumable-trainer list runs/pima --json        its snapshots, verified
+
+exit codes: 0 done, 2 usage, 65 no valid snapshot, 66 no such run or snapshot, 69 held by another process,
+            70 the training code failed, 74 not saved, 75 preempted (run again), 78 settings, 130 interrupted
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; its exit code."""
+    parser = _parser()
+    args = parser.parse_args(argv)
+    try:
+        module = importlib.import_module(f"resumable_trainer.cli.{args.command}_cmd")
+        return int(module.run(args))
+    except BrokenPipeError:
+        # The reader (head, less) has seen enough. Python would complain again when it flushes at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except KeyboardInterrupt:
+        return 130
+    except Exception as error:  # noqa: BLE001 - the edge of the process; what is not ours is raised again
+        return _report(error)
+
+
+def _report(error: Exception) -> int:
+    from resumable_trainer.errors import ExitCode, ResumableTrainerError
+
+    if isinstance(error, ResumableTrainerError):
+        print(f"resumable-trainer: {error}", file=sys.stderr)
+        return int(error.exit_code)
+    if isinstance(error, OSError):
+        print(f"resumable-trainer: {error}", file=sys.stderr)
+        return int(ExitCode.NOT_SAVED)
+    if isinstance(error, ValueError):
+        print(f"resumable-trainer: {error}", file=sys.stderr)
+        return int(ExitCode.NO_VALID_SNAPSHOT)
+    raise error
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="resumable-trainer",
+        description="Start, continue and look at trainings that survive being killed at any instant.",
+        epilog=_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    _add_run(commands)
+    _add_resume(commands)
+    _add_looking(commands, "list", "the snapshots of a run, verified", "resumable-trainer list runs/pima")
+    _add_looking(commands, "status", "where a run stands, and who runs it", "resumable-trainer status --json")
+    show = _add_looking(commands, "show", "what is in one snapshot", "resumable-trainer show runs/pima best")
+    show.add_argument("which", nargs="?", default="latest", help="latest, best, a STEP, epoch:N or a name")
+    _add_looking(commands, "verify", "check every byte; exit 65 if anything is damaged", "resumable-trainer verify")
+    plot = _add_looking(commands, "plot", "draw the curves of a run", "resumable-trainer plot runs/pima -o pima.svg")
+    plot.add_argument("-o", "--output", metavar="FILE", help="PNG, SVG or PDF (default: RUN_DIR/history.png)")
+    stop = _add_looking(
+        commands, "stop", "ask the process that runs it to save and leave", "resumable-trainer stop --timeout 60"
+    )
+    stop.add_argument("--timeout", type=float, default=300.0, metavar="S", help="seconds to wait (default: 300)")
+    return parser
+
+
+def _add_looking(
+    commands: argparse._SubParsersAction[argparse.ArgumentParser], name: str, text: str, example: str
+) -> argparse.ArgumentParser:
+    parser = commands.add_parser(
+        name,
+        help=text,
+        description=text[0].upper() + text[1:] + ".",
+        epilog=f"example:\n  {example}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("run_dir", nargs="?", metavar="RUN_DIR", help="default: the most recent run below runs/")
+    parser.add_argument("--json", action="store_true", help="print JSON for programs")
+    return parser
+
+
+def _add_starting(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--strict", action="store_true", help="refuse (78) if what the numbers depend on has changed")
+    parser.add_argument(
+        "--if-running", choices=["fail", "skip"], default="fail", help="skip: exit 0 quietly if the run is held"
+    )
+    parser.add_argument(
+        "--relaunch", action="store_true", help="start the script even though the run is done and its sources unchanged"
+    )
+    parser.add_argument("--json", action="store_true", help="if nothing is to be started, say so as JSON")
+
+
+def _add_run(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    parser = commands.add_parser(
+        "run",
+        help="start a training script, or continue it where it has snapshots",
+        description="Start a training script, or continue it where it has snapshots. Options come before the script;"
+        " everything behind it is the script's own.",
+        epilog="examples:\n  resumable-trainer run train.py --lr 0.1\n"
+        "  resumable-trainer run --run-dir runs/a -m my.training\n"
+        "  resumable-trainer run --fresh train.py      set the old line aside, begin anew",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--run-dir", metavar="DIR", help="for a script that names none (default: runs/<script>)")
+    parser.add_argument("--fresh", action="store_true", help="set all snapshots aside (nothing is deleted) and begin")
+    parser.add_argument("--from", dest="which", default="latest", help="latest, best, a STEP or epoch:N")
+    _add_starting(parser)
+    parser.add_argument("-m", dest="module", action="store_true", help="TARGET is a module, as in python -m")
+    parser.add_argument("target", metavar="TARGET", help="SCRIPT.py, or MODULE after -m")
+    parser.add_argument("args", nargs=argparse.REMAINDER, metavar="...", help="arguments of the script")
+
+
+def _add_resume(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    parser = commands.add_parser(
+        "resume",
+        help="start the recorded command of a run again",
+        description="Start the recorded command of a run again, in its directory; it continues.",
+        epilog="examples:\n  resumable-trainer resume --from latest\n  resumable-trainer resume runs/pima --from 400\n"
+        "  resumable-trainer resume runs/pima --from epoch:10   newer snapshots are set aside, not deleted",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("run_dir", nargs="?", metavar="RUN_DIR", help="default: the most recent run below runs/")
+    parser.add_argument("--from", dest="which", default="latest", help="latest, best, a STEP or epoch:N")
+    _add_starting(parser)

@@ -1,0 +1,54 @@
+"""`resume`: start the recorded command of a run again."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from resumable_trainer.cli.starting import check_target, start
+from resumable_trainer.errors import NotFoundError
+from resumable_trainer.loop import launch
+from resumable_trainer.report.summary import most_recent, require_run
+
+if TYPE_CHECKING:
+    import argparse
+
+
+def run(args: argparse.Namespace) -> int:
+    """Continue; the exit code of the training."""
+    directory = (require_run(Path(args.run_dir)) if args.run_dir else most_recent()).resolve()
+    command = launch.recorded_command(directory)
+    if command is None:
+        raise NotFoundError(
+            f"{directory} does not say which command started it",
+            path=directory,
+            hint="start its script again; it continues",
+        )
+    check_target(command)
+    if Path(command.python).exists() and not _same_interpreter(command.python):
+        os.execv(  # noqa: S606 - no shell is wanted: the same process goes on as the recorded interpreter
+            command.python, [command.python, "-m", "resumable_trainer", *_arguments(args, directory)]
+        )
+    os.chdir(command.cwd)
+    launch.process.handover.directory = directory
+    return start(command, [directory], directory, args)
+
+
+def _same_interpreter(python: str) -> bool:
+    """By name, not by what a link leads to: the python of a virtual environment is a link to another's."""
+    return Path(python).absolute() == Path(sys.executable).absolute()
+
+
+def _arguments(args: argparse.Namespace, directory: Path) -> list[str]:
+    options = [name for name in ("strict", "relaunch", "json") if getattr(args, name)]
+    return [
+        "resume",
+        str(directory),
+        *(f"--{name}" for name in options),
+        "--from",
+        args.which,
+        "--if-running",
+        args.if_running,
+    ]

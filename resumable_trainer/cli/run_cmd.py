@@ -1,0 +1,28 @@
+"""`run`: start a script or module, or continue it."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from resumable_trainer.cli.starting import check_target, directories_of, start
+from resumable_trainer.loop import launch
+from resumable_trainer.report.summary import is_run
+
+if TYPE_CHECKING:
+    import argparse
+
+
+def run(args: argparse.Namespace) -> int:
+    """Start or continue; the exit code of the training."""
+    script = None if args.module else str(Path(args.target).resolve())
+    module = args.target if args.module else None
+    command = launch.Command(sys.executable, script, module, tuple(args.args), str(Path.cwd()))
+    check_target(command)
+    target = None if args.run_dir is None else Path(args.run_dir)
+    launch.process.handover.directory = target or launch.default_directory(command)
+    directories = directories_of(command)
+    if target is not None and is_run(target) and target.resolve() not in directories:
+        directories.append(target.resolve())
+    return start(command, directories, target, args)

@@ -1,0 +1,62 @@
+"""`show`: what is in one snapshot."""
+
+from __future__ import annotations
+
+import json
+import struct
+from typing import TYPE_CHECKING, Any
+
+from resumable_trainer.cli.output import run_directory, size, table
+from resumable_trainer.snapshot.layout import TENSORS_SUFFIX
+from resumable_trainer.snapshot.store import Store
+
+if TYPE_CHECKING:
+    import argparse
+    from pathlib import Path
+
+    from resumable_trainer.snapshot.manifest import Manifest
+
+
+def run(args: argparse.Namespace) -> int:
+    """Print a snapshot's manifest, its files and how many tensors they hold."""
+    directory, which = run_directory(args), args.which
+    store = Store(directory)
+    manifest = store.verify(store.select(which))
+    fields = manifest.model_dump(mode="json")
+    fields["path"] = str(store.path(manifest.name))
+    fields["tensors"] = _tensors(store.path(manifest.name), manifest)
+    print(json.dumps(fields, indent=2) if args.json else _text(fields, manifest))
+    return 0
+
+
+def _tensors(path: Path, manifest: Manifest) -> dict[str, int]:
+    """Tensors in each file, read from the headers of the safetensors layout; the files are verified."""
+    counts = {}
+    for name in manifest.files:
+        if name.endswith(TENSORS_SUFFIX):
+            with (path / name).open("rb") as file:
+                (length,) = struct.unpack("<Q", file.read(8))
+                counts[name] = len(json.loads(file.read(length)))
+    return counts
+
+
+def _text(fields: dict[str, Any], manifest: Manifest) -> str:
+    at = manifest.position
+    place = f"{at.epoch} epochs complete" if manifest.epoch_complete else f"epoch {at.epoch + 1}, batch {at.batch}"
+    lines = [
+        f"snapshot  {fields['path']}",
+        f"position  {place}, step {at.step}",
+        f"created   {manifest.created} by generation {manifest.generation}, run {manifest.run_id}",
+        f"parent    {manifest.parent or 'none'}",
+    ]
+    if manifest.outcome:
+        lines.append(f"outcome   {manifest.outcome.replace('_', ' ')}")
+    if manifest.best:
+        lines.append(f"best      {manifest.best.metric} {manifest.best.value:.4f} @ epoch {manifest.best.epoch + 1}")
+    lines += [f"metric    {name} {value}" for name, value in manifest.metrics.items()]
+    lines += [f"depends   {name} {value}" for name, value in manifest.depends_on.items()]
+    rows = [
+        [name, size(entry.num_bytes), fields["tensors"].get(name, ""), entry.digest]
+        for name, entry in manifest.files.items()
+    ]
+    return "\n".join([*lines, "", table(["file", "size", "tensors", "xxh3-128"], rows)])

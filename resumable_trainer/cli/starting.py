@@ -1,0 +1,193 @@
+"""Starting a training script inside this process: what `run` and `resume` share.
+
+The process that a service manager started becomes the training: the signal handlers stand and the
+lock is taken before the script, and with it torch, is loaded.
+"""
+
+from __future__ import annotations
+
+import ast
+import json
+import runpy
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from resumable_trainer.durable.lock import RunLock
+from resumable_trainer.errors import ExitCode, NotFoundError, RunHeldError
+from resumable_trainer.loop import launch
+from resumable_trainer.loop.notices import install_excepthook, notices, report_error
+from resumable_trainer.report.summary import DEFAULT_ROOT, is_run, summarize
+from resumable_trainer.snapshot.layout import RUN_LOCK
+from resumable_trainer.snapshot.store import Store
+
+if TYPE_CHECKING:
+    import argparse
+    from collections.abc import Iterator
+
+    from resumable_trainer.loop.launch import Command
+
+
+def check_target(command: Command) -> None:
+    """Refuse what cannot be started.
+
+    Raises:
+        NotFoundError: The script or its working directory is not there.
+    """
+    if not Path(command.cwd).is_dir():
+        raise NotFoundError(
+            f"the working directory {command.cwd} of the recorded command is gone",
+            path=command.cwd,
+            hint="start the script by hand from where it is now, with --run-dir for the run directory",
+        )
+    if command.script is not None and not Path(command.script).is_file():
+        raise NotFoundError(f"the script {command.script} is not there", path=command.script)
+
+
+def directories_of(command: Command) -> list[Path]:
+    """Run directories that this command is recorded in, as far as they can be found without running it.
+
+    A script that names its own directory is not run to learn which: looked at are the runs below
+    `runs/`, and every argument and every string in the script that names a run's directory.
+    """
+    found: dict[Path, None] = {}
+    for candidate in _candidates(command):
+        path = Path(command.cwd) / candidate
+        if is_run(path):
+            recorded = launch.recorded_command(path)
+            if recorded is not None and recorded.same_work(command):
+                found[path.resolve()] = None
+    return list(found)
+
+
+def _candidates(command: Command) -> Iterator[str]:
+    root = Path(command.cwd) / DEFAULT_ROOT
+    yield from (str(path) for path in sorted(root.iterdir())) if root.is_dir() else ()
+    for argument in command.args:
+        yield argument.partition("=")[2] if argument.startswith("-") and "=" in argument else argument
+    yield from _strings_in(command.script)
+
+
+def _strings_in(script: str | None) -> Iterator[str]:
+    if script is None:
+        return
+    try:
+        tree = ast.parse(Path(script).read_bytes())
+    except (OSError, SyntaxError, ValueError):
+        return  # starting it will tell
+    for node in ast.walk(tree):
+        value = node.value if isinstance(node, ast.Constant) else None
+        if isinstance(value, str) and 0 < len(value) < 500 and value.isprintable():
+            yield value
+
+
+def start(command: Command, directories: list[Path], target: Path | None, args: argparse.Namespace) -> int:
+    """Start the command, unless it is done already.
+
+    Args:
+        command: What to start.
+        directories: Run directories known to belong to it.
+        target: The run directory that was asked for by name.
+        args: The command line.
+
+    Returns:
+        The exit code.
+    """
+    fresh = bool(getattr(args, "fresh", False))
+    if not fresh and not args.relaunch and args.which == "latest":
+        done = [path for path in directories if launch.command_is_done(path, command)]
+        if done and len(done) == len(directories):
+            return _say_done(done[-1], as_json=args.json)
+    _check_which(directories, target, args.which)
+    handover = launch.process.handover
+    handover.command, handover.strict, handover.fresh, handover.which = command, args.strict, fresh, args.which
+    handover.target = target or (directories[0] if len(directories) == 1 else None)
+    notices.install()
+    try:
+        _take_locks(directories, command)
+    except RunHeldError:
+        if args.if_running == "skip":
+            return int(ExitCode.DONE)
+        raise
+    install_excepthook(launch.process.note_failure)
+    code = _run_script(command)
+    launch.process.record_exit(code)
+    if target is not None and target.resolve() not in launch.process.opened:
+        print(f"resumable-trainer: the script never opened {target}", file=sys.stderr)
+    return code
+
+
+def _say_done(directory: Path, *, as_json: bool) -> int:
+    summary = summarize(directory)
+    if as_json:
+        print(json.dumps(summary.to_json()))
+        return int(ExitCode.DONE)
+    best = summary.newest.best if summary.newest else None
+    at = summary.newest.position if summary.newest else None
+    words = {"finished": "finished", "stopped_early": "stopped early"}.get(summary.state, "done")
+    place = f" after {at.epoch} epochs, {at.step} steps" if at else ""
+    value = f" | best {best.metric} {best.value:.4f} @ epoch {best.epoch + 1}" if best else ""
+    print(f"{directory}: already {words}{place}{value} | nothing to do")
+    print("to train further raise the epochs in the script; if something else has changed, add --relaunch")
+    return int(ExitCode.DONE)
+
+
+def _check_which(directories: list[Path], target: Path | None, which: str) -> None:
+    """A snapshot that is not there is said before torch is imported."""
+    for directory in [target] if target is not None and is_run(target) else directories:
+        if which != "latest":
+            Store(directory).select(which)
+
+
+def _take_locks(directories: list[Path], command: Command) -> None:
+    taken: list[RunLock] = []
+    try:
+        for directory in directories:
+            lock = RunLock(directory / RUN_LOCK)
+            lock.acquire(known_generation=_newest_generation(directory), command=str(command))
+            taken.append(lock)
+            launch.process.handover.locks[directory.resolve()] = lock
+    except BaseException:
+        for lock in taken:
+            lock.release()
+        raise
+
+
+def _newest_generation(directory: Path) -> int:
+    from resumable_trainer.errors import DamagedSnapshotError
+
+    store = Store(directory)
+    for name in reversed(store.names()):
+        try:
+            return store.manifest(name).generation
+        except DamagedSnapshotError:
+            continue
+    return 0
+
+
+def _run_script(command: Command) -> int:
+    """Run the script as `python SCRIPT` would, in this process; its exit code."""
+    try:
+        if command.script is not None:
+            sys.argv = [command.script, *command.args]
+            sys.path.insert(0, str(Path(command.script).parent))
+            runpy.run_path(command.script, run_name="__main__")
+        else:
+            assert command.module is not None
+            sys.argv = [command.module, *command.args]
+            sys.path.insert(0, command.cwd)
+            runpy.run_module(command.module, run_name="__main__", alter_sys=True)
+    except SystemExit as leaving:
+        return _code_of(leaving)
+    except BaseException as error:  # noqa: BLE001 - the edge of the process: shown, and turned into an exit code
+        return report_error(type(error), error, error.__traceback__)
+    return int(ExitCode.DONE)
+
+
+def _code_of(leaving: SystemExit) -> int:
+    if leaving.code is None:
+        return int(ExitCode.DONE)
+    if isinstance(leaving.code, int):
+        return leaving.code
+    print(leaving.code, file=sys.stderr)
+    return 1

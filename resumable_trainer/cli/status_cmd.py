@@ -1,0 +1,41 @@
+"""`status`: where a run stands, and who runs it."""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING
+
+from resumable_trainer.cli.output import run_directory
+from resumable_trainer.report.summary import RunSummary, summarize
+
+if TYPE_CHECKING:
+    import argparse
+
+
+def run(args: argparse.Namespace) -> int:
+    """Print the state of a run."""
+    summary = summarize(run_directory(args))
+    print(json.dumps(summary.to_json(), indent=2) if args.json else "\n".join(_lines(summary)))
+    return 0
+
+
+def _lines(summary: RunSummary) -> list[str]:
+    lines = [f"run     {summary.directory}", f"state   {summary.state.replace('_', ' ')}"]
+    newest = summary.newest
+    if newest is None:
+        lines.append("saved   no valid snapshot yet")
+    else:
+        at = newest.position
+        place = f"{at.epoch} epochs complete" if newest.epoch_complete else f"epoch {at.epoch + 1}, batch {at.batch}"
+        lines.append(f"saved   {newest.name} ({place}, step {at.step}) at {newest.created[:19].replace('T', ' ')} UTC")
+        if newest.best is not None:
+            best = newest.best
+            lines.append(f"best    {best.metric} {best.value:.4f} @ epoch {best.epoch + 1} (step {best.step})")
+    if summary.holder is not None:
+        lines.append(f"holder  {summary.holder}")
+    if summary.event is not None:
+        when = str(summary.event.get("time", ""))[:19].replace("T", " ")
+        lines.append(f"event   {summary.event.get('event')} at {when} UTC")
+        if summary.state == "failed" and "error" in summary.event:
+            lines.append(f"error   {summary.event['error']}")
+    return lines

@@ -1,0 +1,228 @@
+"""The facts of a run that commands and reports show, read from its directory."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from resumable_trainer.durable.journal import read_rows
+from resumable_trainer.durable.lock import Owner, is_alive, read_owner
+from resumable_trainer.errors import DamagedSnapshotError, NotFoundError
+from resumable_trainer.snapshot.layout import EVENTS, RUN_JSON, RUN_LOCK, SNAPSHOTS, parse_name
+from resumable_trainer.snapshot.store import Store
+
+if TYPE_CHECKING:
+    from resumable_trainer.snapshot.manifest import Manifest
+
+DEFAULT_ROOT = Path("runs")
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One snapshot, as `list` shows it.
+
+    Attributes:
+        name: Its name.
+        path: Where it lies.
+        manifest: What it says; None if the manifest cannot be read.
+        reason: Why it is not valid; None if it is.
+        best: Whether it is the one with the best value of the early-stopping metric.
+    """
+
+    name: str
+    path: Path
+    manifest: Manifest | None
+    reason: str | None
+    best: bool = False
+
+    def to_json(self) -> dict[str, Any]:
+        """One object of `list --json`."""
+        parsed = parse_name(self.name)
+        assert parsed is not None
+        at = self.manifest.position if self.manifest is not None else None
+        return {
+            "name": self.name,
+            "step": parsed.step,
+            "epoch": at.epoch if at else parsed.epochs_complete,
+            "batch": at.batch if at else (0 if parsed.epochs_complete is not None else None),
+            "epoch_complete": parsed.epochs_complete is not None,
+            "bytes": _bytes_below(self.path),
+            "valid": self.reason is None,
+            "reason": self.reason,
+            "best": self.best,
+            "created": self.manifest.created if self.manifest else None,
+            "metrics": self.manifest.metrics if self.manifest else None,
+            "path": str(self.path),
+        }
+
+
+def _bytes_below(path: Path) -> int:
+    return sum(entry.lstat().st_size for entry in path.iterdir()) if path.is_dir() and not path.is_symlink() else 0
+
+
+def is_run(directory: Path) -> bool:
+    """Whether a directory is that of a run."""
+    return any((directory / name).exists() for name in (RUN_JSON, RUN_LOCK, SNAPSHOTS))
+
+
+def require_run(directory: Path) -> Path:
+    """The directory, if it is a run's.
+
+    Raises:
+        NotFoundError: It is not.
+    """
+    if not is_run(directory):
+        what = "no run" if directory.is_dir() else "not there"
+        raise NotFoundError(
+            f"{directory} is {what}", path=directory, hint="a run directory holds run.json; look below runs/"
+        )
+    return directory
+
+
+def most_recent(root: Path = DEFAULT_ROOT) -> Path:
+    """The run below `root` whose events are the newest.
+
+    Raises:
+        NotFoundError: There is none.
+    """
+    runs = [path for path in sorted(root.iterdir()) if path.is_dir() and is_run(path)] if root.is_dir() else []
+    if not runs:
+        raise NotFoundError(
+            f"there is no run below {root.resolve()}", path=root, hint="name the run directory, or start one with run"
+        )
+    return max(runs, key=lambda path: str((last_event(path) or {}).get("time", "")))
+
+
+def last_event(directory: Path) -> dict[str, Any] | None:
+    """The newest event of a run."""
+    path = directory / EVENTS
+    last = None
+    for row in read_rows(path) if path.exists() else ():
+        last = row
+    return last
+
+
+def entries(directory: Path, *, verify: bool = True) -> list[Entry]:
+    """All snapshots of the current line, oldest first; every byte is checked unless told otherwise."""
+    store = Store(directory)
+    found = []
+    for name in store.names():
+        manifest, reason = None, None
+        try:
+            manifest = store.verify(name) if verify else store.manifest(name)
+        except DamagedSnapshotError as error:
+            reason = error.message
+            manifest = _manifest_or_none(store, name)
+        found.append(Entry(name, store.path(name), manifest, reason))
+    return _with_best(found)
+
+
+def _manifest_or_none(store: Store, name: str) -> Manifest | None:
+    try:
+        return store.manifest(name)
+    except DamagedSnapshotError:
+        return None
+
+
+def _with_best(found: list[Entry]) -> list[Entry]:
+    newest = next((entry.manifest for entry in reversed(found) if entry.manifest and not entry.reason), None)
+    if newest is None or newest.best is None:
+        return found
+    wanted = (newest.best.step, newest.best.epoch + 1)
+    return [
+        Entry(e.name, e.path, e.manifest, e.reason, best=_step_and_epochs(e.name) == wanted and e.reason is None)
+        for e in found
+    ]
+
+
+def _step_and_epochs(name: str) -> tuple[int, int | None]:
+    parsed = parse_name(name)
+    assert parsed is not None
+    return parsed.step, parsed.epochs_complete
+
+
+def newest_valid(directory: Path) -> Manifest | None:
+    """The newest snapshot that verifies, and nothing is moved; None if there is none."""
+    store = Store(directory)
+    for name in reversed(store.names()):
+        try:
+            return store.verify(name)
+        except DamagedSnapshotError:
+            continue
+    return None
+
+
+@dataclass(frozen=True)
+class RunSummary:
+    """Where a run stands.
+
+    Attributes:
+        directory: The run directory.
+        state: "running", "interrupted", "finished", "stopped_early" or "failed".
+        newest: The newest valid snapshot.
+        holder: Who runs it now; None if nobody does.
+        event: The newest event.
+    """
+
+    directory: Path
+    state: str
+    newest: Manifest | None
+    holder: Owner | None
+    event: dict[str, Any] | None
+
+    def to_json(self) -> dict[str, Any]:
+        """The object of `status --json`."""
+        at = self.newest.position if self.newest else None
+        best = self.newest.best if self.newest else None
+        holder = self.holder
+        return {
+            "run_dir": str(self.directory),
+            "state": self.state,
+            "step": at.step if at else 0,
+            "epoch": at.epoch if at else 0,
+            "batch": at.batch if at else 0,
+            "best": None if best is None else best.model_dump(),
+            "latest": self.newest.name if self.newest else None,
+            "holder": None
+            if holder is None
+            else {
+                "pid": holder.pid,
+                "host": holder.host,
+                "since": holder.since,
+                "generation": holder.generation,
+                "step": holder.step,
+                "command": holder.command,
+            },
+            "last_event": self.event,
+        }
+
+
+def summarize(directory: Path) -> RunSummary:
+    """Read where a run stands; takes no lock and changes nothing.
+
+    Raises:
+        NotFoundError: It is no run's directory.
+    """
+    require_run(directory)
+    owner = read_owner(directory / RUN_LOCK)
+    holder = owner if owner is not None and is_alive(owner) is not False else None
+    newest = newest_valid(directory)
+    state = "running" if holder is not None else _state_at_rest(directory, newest)
+    return RunSummary(directory, state, newest, holder, last_event(directory))
+
+
+def _state_at_rest(directory: Path, newest: Manifest | None) -> str:
+    """The state of a run that nobody holds: the newest snapshot's outcome, or how the last launch ended."""
+    last: dict[str, Any] = {}
+    path = directory / EVENTS
+    for row in read_rows(path) if path.exists() else ():
+        if row.get("event") == "launched":
+            last = {}
+        elif row.get("event") in ("failed", "finished"):
+            last = row
+    if last.get("event") == "failed":
+        return "failed"
+    if last.get("event") == "finished":
+        return str(last["outcome"])
+    return newest.outcome if newest is not None and newest.outcome is not None else "interrupted"
