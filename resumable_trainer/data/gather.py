@@ -20,10 +20,11 @@ from resumable_trainer.durable.digest import Digest
 from resumable_trainer.errors import SettingsError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Callable, Iterable, Iterator, Sequence
 
 _BLOCK = 1024  # batches whose index views are made at once: an epoch of millions of batches starts at once, too
 _DIGEST_ROWS = 64
+_INDEXED = (torch.uint16, torch.uint32, torch.uint64)  # torch 2.13 has no index_select for them in one dimension
 
 
 def gathered(
@@ -40,7 +41,13 @@ def gathered(
         For each batch a tuple of new tensors, each on the device of the one that it comes from.
     """
     chunks = {device: torch.split(rows.to(device), sizes) for device in {tensor.device for tensor in tensors}}
-    return zip(*(map(tensor.index_select, repeat(0), chunks[tensor.device]) for tensor in tensors), strict=True)
+    return zip(*(_rows_of(tensor, chunks[tensor.device]) for tensor in tensors), strict=True)
+
+
+def _rows_of(tensor: torch.Tensor, chunks: Iterable[torch.Tensor]) -> Iterator[torch.Tensor]:
+    if tensor.dtype in _INDEXED:
+        return map(tensor.__getitem__, chunks)
+    return map(tensor.index_select, repeat(0), chunks)
 
 
 class TensorSource(Stateless):
@@ -83,6 +90,8 @@ class TensorSource(Stateless):
         """Batches from number `start` of the epoch on."""
         end = self.num_batches() * self._batch_size  # beyond the last sample if that batch is short
         order = self._order(epoch)[start * self._batch_size : end]
+        if not len(order):
+            return  # split would give one empty batch
         for block in torch.split(order, _BLOCK * self._batch_size):
             batches = gathered(self._tensors, block, self._batch_size)
             yield from map(self._wrap, batches) if self._wrap else batches
@@ -119,7 +128,7 @@ def content(tensors: Sequence[torch.Tensor]) -> dict[str, Any]:
     count = len(tensors[0])
     rows = torch.from_numpy(np.unique(np.linspace(0, count - 1, min(count, _DIGEST_ROWS)).astype(np.int64)))
     for tensor in tensors:
-        picked = tensor.detach().index_select(0, rows.to(tensor.device))
+        ((picked,),) = gathered([tensor.detach()], rows, len(rows))
         digest.update(picked.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return {
         "shapes": [list(tensor.shape[1:]) for tensor in tensors],
