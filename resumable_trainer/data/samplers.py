@@ -12,6 +12,7 @@ moves) is captured as it was when the epoch began: the order is drawn again from
 
 from __future__ import annotations
 
+import copy
 from itertools import chain, count, islice
 from typing import TYPE_CHECKING, Any
 
@@ -56,7 +57,7 @@ class SamplerOrder:
         self._before = [_plain_attributes(sampler) for sampler in self._samplers]
         for sampler, before in zip(self._samplers, self._before, strict=True):
             if is_stateful(sampler):
-                before["state_dict"] = sampler.state_dict()
+                before["state_dict"] = copy.deepcopy(sampler.state_dict())  # it may show live lists
             if callable(getattr(sampler, "set_epoch", None)):
                 sampler.set_epoch(epoch)
 
@@ -92,7 +93,9 @@ class SamplerOrder:
         for sampler, values, counters in zip(self._samplers, kept, self._counters, strict=True):
             state = {name: values[name] for name in sorted(counters) if name in values}
             if is_stateful(sampler):
-                state["state_dict"] = values["state_dict"] if "state_dict" in values else sampler.state_dict()
+                state["state_dict"] = (
+                    values["state_dict"] if "state_dict" in values else copy.deepcopy(sampler.state_dict())
+                )
             states.append(state)
         return states if any(states) else None
 
