@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Protocol
 
+import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 
@@ -78,6 +80,7 @@ def source_of(
         return TensorSource(
             tensors, seed=seed, batch_size=batch_size, shuffle=shuffle, drop_last=drop_last, salt=salt, bare=bare
         )
+    _refuse_samples(data)
     if batch_size is not None or shuffle or drop_last:
         raise SettingsError(
             f"data: batch_size, shuffle and drop_last are for tensors; {type(data).__name__} makes its own batches",
@@ -91,16 +94,25 @@ def _batched(data: Any, *, seed: int, salt: str) -> Source:
         return StatefulSource(data, seed=seed, salt=salt)
     if isinstance(data, DataLoader) and type(data).__iter__ is DataLoader.__iter__:
         return _of_loader(data, seed=seed, salt=salt)
-    if isinstance(data, Dataset) and not isinstance(data, IterableDataset):
-        raise SettingsError(
-            f"data: {type(data).__name__} is a dataset, which gives samples and no batches",
-            hint="wrap it: DataLoader(dataset, batch_size=..., shuffle=True)",
-        )
-    if hasattr(data, "__len__") and hasattr(data, "__getitem__") and not isinstance(data, dict | DataLoader):
+    if hasattr(data, "__len__") and hasattr(data, "__getitem__") and not isinstance(data, DataLoader):
         return SequenceSource(data, seed=seed, salt=salt)
     if hasattr(data, "__iter__"):
         return IterableSource(data, seed=seed, salt=salt)
     raise SettingsError(f"data: {type(data).__name__} cannot be iterated over")
+
+
+def _refuse_samples(data: Any) -> None:
+    """Data that could be iterated over, but would give something other than batches."""
+    name = type(data).__name__
+    if isinstance(data, Dataset) and not isinstance(data, IterableDataset):
+        raise SettingsError(
+            f"data: {name} is a dataset, which gives samples and no batches",
+            hint="wrap it: DataLoader(dataset, batch_size=..., shuffle=True)",
+        )
+    if any(isinstance(item, np.ndarray) for item in (data if type(data) is tuple else [data])):
+        raise SettingsError("data: NumPy arrays are no tensors", hint="torch.from_numpy(array) shares their memory")
+    if isinstance(data, Mapping | str | bytes):
+        raise SettingsError(f"data: {name} gives no batches", hint="make a list of batches, or a DataLoader, of it")
 
 
 def _of_loader(loader: DataLoader[Any], *, seed: int, salt: str) -> Source:
