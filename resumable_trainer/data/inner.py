@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.utils.data import DataLoader
 
-from resumable_trainer.data.shielding import WorkerStart, signals_held_back
+from resumable_trainer.data.shielding import WorkerStart, signals_held_back, start_method
 from resumable_trainer.data.stateless import length
 
 if TYPE_CHECKING:
@@ -61,7 +61,7 @@ def started(inner: DataLoader[Any], *, users: Any, base_seed: int) -> Iterator[A
     if not inner.num_workers:
         return iter(inner)
     inner.worker_init_fn = WorkerStart.for_loader(inner, users)
-    with warnings.catch_warnings(), signals_held_back():
+    with warnings.catch_warnings(), signals_held_back(start_method=start_method(inner)):
         warnings.filterwarnings("ignore", message="This DataLoader will create", category=UserWarning)
         iterator = iter(inner)
     _live[iterator] = os.getpid()

@@ -36,13 +36,20 @@ _SHIELDED = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 _PR_SET_PDEATHSIG = 1
 
 
+def start_method(loader: DataLoader[object]) -> str:
+    """How a loader's workers come to be: "fork", "spawn" or "forkserver"."""
+    method: str = (loader.multiprocessing_context or torch.multiprocessing).get_start_method()
+    return method
+
+
 @contextlib.contextmanager
-def signals_held_back() -> Iterator[None]:
+def signals_held_back(*, start_method: str) -> Iterator[None]:
     """Signals wait while workers are made: a child inherits the mask until it has its own handlers."""
-    # Starting the tracker unblocks signals behind our back: it must be there before. (Forked workers need none.)
-    if torch.multiprocessing.get_start_method() != "fork":
-        resource_tracker.ensure_running()
     before = signal.pthread_sigmask(signal.SIG_BLOCK, _SHIELDED)
+    if start_method != "fork":
+        # Started here, the tracker inherits the mask for good; starting it unblocks signals behind our back.
+        resource_tracker.ensure_running()
+        signal.pthread_sigmask(signal.SIG_BLOCK, _SHIELDED)
     try:
         yield
     finally:
@@ -67,8 +74,7 @@ class WorkerStart:
     @classmethod
     def for_loader(cls, loader: DataLoader[object], users: Callable[[int], None] | None) -> WorkerStart:
         """For workers that this thread is about to make."""
-        context = loader.multiprocessing_context or torch.multiprocessing
-        parent = None if context.get_start_method() == "forkserver" else os.getpid()
+        parent = None if start_method(loader) == "forkserver" else os.getpid()
         return cls(users, parent, with_parent=threading.current_thread() is threading.main_thread())
 
     def __call__(self, worker: int) -> None:
