@@ -1,0 +1,41 @@
+# Sourced by the other scripts: makes .venv beside pyproject.toml and installs the project into it.
+# Needs Python >= 3.11 and the network; does nothing if everything is installed already.
+
+repository=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+python="$repository/.venv/bin/python"
+
+say() { printf '== %s\n' "$*"; }
+
+find_python() {
+    local candidate
+    for candidate in "${PYTHON:-}" python3 python3.14 python3.13 python3.12 python3.11; do
+        if [ -n "$candidate" ] && command -v "$candidate" > /dev/null &&
+            "$candidate" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2> /dev/null; then
+            command -v "$candidate"
+            return
+        fi
+    done
+    echo "error: no Python >= 3.11 found; install one, or name it: PYTHON=/path/to/python $0" >&2
+    return 1
+}
+
+# prepare EXTRA: an environment in which the extra of pyproject.toml is installed
+prepare() {
+    local extra=$1 found stamp wanted
+    if [ ! -x "$python" ]; then
+        found=$(find_python) || exit 1
+        say "making $repository/.venv with $found"
+        if ! "$found" -m venv "$repository/.venv"; then
+            echo "error: $found cannot make virtual environments (on Debian: apt install python3-venv)" >&2
+            exit 1
+        fi
+    fi
+    stamp="$repository/.venv/installed-$extra"
+    wanted=$(cat "$repository/pyproject.toml" "$repository/scripts/constraints.txt" | cksum)
+    if [ "$(cat "$stamp" 2> /dev/null)" != "$wanted" ]; then
+        say "installing the project and its [$extra] packages into .venv (torch is large: a minute or more)"
+        "$python" -m pip install --quiet --disable-pip-version-check \
+            --constraint "$repository/scripts/constraints.txt" --editable "$repository[$extra]" || exit 1
+        printf '%s\n' "$wanted" > "$stamp"
+    fi
+}
