@@ -43,7 +43,7 @@ from resumable_trainer.state.parts import capture_part, check_parts, mismatches,
 
 if TYPE_CHECKING:
     import os
-    from collections.abc import Callable, Collection, Mapping, Sequence
+    from collections.abc import Callable, Mapping, Sequence
     from types import TracebackType
 
     from resumable_trainer.metrics.early_stopping import BestValue
@@ -188,7 +188,7 @@ class StateManager:
         self._in_flight: PendingSnapshot | None = None
         self._parent: Manifest | None = None
         self._kept: list[Kept] | None = None
-        self._used_gradients: Callable[[], Collection[int]] = frozenset
+        self._watch: modes.StepWatch | None = None
 
     # -- life -------------------------------------------------------------------------------------
 
@@ -269,9 +269,9 @@ class StateManager:
 
     # -- saving -----------------------------------------------------------------------------------
 
-    def watch_gradients(self, used: Callable[[], Collection[int]]) -> None:
-        """Let `used` say whose gradients an optimizer step has used; by default all are saved."""
-        self._used_gradients = used
+    def watch_gradients(self, watch: modes.StepWatch) -> None:
+        """Let `watch` say whose gradients an optimizer step has used; without one all are saved."""
+        self._watch = watch
 
     def capture(self, sections: Mapping[str, object] | None = None) -> Flat:
         """The whole state taken apart: values as they are now, tensors live, not copied.
@@ -283,7 +283,7 @@ class StateManager:
         Raises:
             UnsafeValueError: A value of the state has no safe form on disk.
         """
-        used = self._used_gradients()
+        used = self._watch.used_gradients() if self._watch is not None else set()
         gradients = modes.capture_gradients(self.state, used=used)
         trees: dict[str, object] = {name: capture_part(part) for name, part in self.state.items()}
         trees["modes"] = modes.capture_modes(self.state)
@@ -527,7 +527,9 @@ class StateManager:
             if strictly:
                 notes += self._check_faithful(name, part, own[name])
         modes.restore_modes(self.state, sections["modes"])
-        modes.restore_gradients(self.state, sections["gradients"])
+        used = modes.restore_gradients(self.state, sections["gradients"])
+        if self._watch is not None:
+            self._watch.resume(used)
         # Invariant: generators come last, so that nothing above can draw from what was restored.
         notes += generators.restore_global(sections["generators"])
         return RestoreReport(

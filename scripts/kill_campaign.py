@@ -9,6 +9,7 @@ the same training never killed. Prints counts; exits with 1 if anything differs.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import random
 import shutil
@@ -23,11 +24,10 @@ from pathlib import Path
 REPOSITORY = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(REPOSITORY), str(REPOSITORY / "tests" / "resume")]
 
-import contextlib
-
-import endings  # noqa: E402
-import jobs  # noqa: E402
-import torch  # noqa: E402
+import endings
+import jobs
+import torch
+import torch._dynamo
 
 MAX_KILLS_PER_ROUND = 8
 ENDED = {0, 75, 130, -signal.SIGKILL}
@@ -114,6 +114,8 @@ def run_here(job: str, directory: Path) -> int:
         jobs.JOBS[job](str(directory))
     except SystemExit as leaving:
         return int(leaving.code or 0)
+    except KeyboardInterrupt:  # before the run's handlers stood
+        return 130
     except BaseException as error:  # noqa: BLE001 - the edge of a process
         sys.excepthook(type(error), error, error.__traceback__)
         return 70

@@ -148,7 +148,7 @@ class Run:
         opening.note_launch(self._manager, self._command)
         self._record = Record(self.directory / METRICS, self._early_stopping)
         self._watch = StepWatch(self._state)
-        self._manager.watch_gradients(self._watch.used_gradients)
+        self._manager.watch_gradients(self._watch)
         settings = {name: opening.json_values(scalar_settings(part)) for name, part in self._state.items()}
         self._settings = {name: found for name, found in settings.items() if found}
         self._facts = identity.current_facts(self._command, seed=self._seed, state=self._state)

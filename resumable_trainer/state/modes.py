@@ -38,15 +38,23 @@ class StepWatch:
         """What stepped before is of no account for the coming batch."""
         self._stepped.clear()
 
+    def resume(self, spent: set[int]) -> None:
+        """As it was when gradients were captured: who has such a parameter had stepped."""
+        self._stepped = {id(o) for o in self._optimizers if not spent.isdisjoint(_ids(o))} if spent else set()
+
     def used_gradients(self) -> set[int]:
         """`id` of every parameter whose optimizer has stepped since the batch began."""
         stepped = [optimizer for optimizer in self._optimizers if id(optimizer) in self._stepped]
-        return {id(p) for o in stepped for group in o.param_groups for p in group["params"]}
+        return {parameter for optimizer in stepped for parameter in _ids(optimizer)}
 
     def close(self) -> None:
         """Take the hooks off."""
         for handle in self._handles:
             handle.remove()
+
+
+def _ids(optimizer: Optimizer) -> set[int]:
+    return {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
 
 
 def capture_modes(state: Mapping[str, object]) -> dict[str, Any]:
@@ -88,8 +96,13 @@ def capture_gradients(state: Mapping[str, object], *, used: Collection[int]) -> 
     return {"pending": pending, "spent": spent}
 
 
-def restore_gradients(state: Mapping[str, object], saved: Mapping[str, Any]) -> None:
-    """The way back of `capture_gradients`; every other gradient is None, as it was."""
+def restore_gradients(state: Mapping[str, object], saved: Mapping[str, Any]) -> set[int]:
+    """The way back of `capture_gradients`; every other gradient is None, as it was.
+
+    Returns:
+        `id` of each parameter whose gradient had been used.
+    """
+    used: set[int] = set()
     spent = {name: set(names) for name, names in saved["spent"].items()}
     for name, parameter_name, parameter in _parameters(state):
         pending = saved["pending"].get(name, {}).get(parameter_name)
@@ -97,8 +110,10 @@ def restore_gradients(state: Mapping[str, object], saved: Mapping[str, Any]) -> 
             parameter.grad = pending.to(parameter.device)
         elif parameter_name in spent.get(name, ()):
             parameter.grad = torch.zeros_like(parameter)
+            used.add(id(parameter))
         else:
             parameter.grad = None
+    return used
 
 
 def _parameters(state: Mapping[str, object]) -> Iterator[tuple[str, str, nn.Parameter]]:

@@ -1,0 +1,46 @@
+"""What tests share: small trainings, and a process that has nothing left over from the test before."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+import torch
+
+sys.path[:0] = [str(Path(__file__).parent / "resume"), str(Path(__file__).parent / "loop")]
+
+from resumable_trainer.loop import launch
+from resumable_trainer.loop.notices import notices
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+PIMA = Path(__file__).resolve().parents[2] / "shared" / "data" / "pima-indians-diabetes.csv"
+
+
+@pytest.fixture(autouse=True)
+def _fresh_process() -> Iterator[None]:
+    """No notice, no handover and no handler of an earlier test."""
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)}
+    hook = sys.excepthook
+    torch.set_num_threads(1)
+    notices.reset()
+    launch.process.handover = launch.Handover()
+    yield
+    notices.reset()
+    sys.excepthook = hook
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+
+
+@pytest.fixture
+def pima() -> Path:
+    """The Pima file; skipped with a reason where it is not."""
+    path = Path(os.environ.get("RESUMABLE_TRAINER_PIMA_CSV", PIMA))
+    if not path.is_file():
+        pytest.skip(f"the Pima file is not at {path}; name it with RESUMABLE_TRAINER_PIMA_CSV")
+    return path
