@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from resumable_trainer.cli.starting import check_target, directories_of, start
+from resumable_trainer.cli.starting import check_target, directories_of, directory_to_be, start
 from resumable_trainer.loop import launch
 from resumable_trainer.report.summary import is_run
 
@@ -25,4 +25,7 @@ def run(args: argparse.Namespace) -> int:
     directories = directories_of(command)
     if target is not None and is_run(target) and target.resolve() not in directories:
         directories.append(target.resolve())
+    expected = directory_to_be(command, launch.process.handover.directory) if not directories else None
+    if expected is not None:
+        directories.append(expected.resolve())
     return start(command, directories, target, args)

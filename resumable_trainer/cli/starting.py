@@ -13,8 +13,9 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from resumable_trainer.durable.files import Files, remove_tree
 from resumable_trainer.durable.lock import RunLock
-from resumable_trainer.errors import ExitCode, NotFoundError, RunHeldError
+from resumable_trainer.errors import DamagedSnapshotError, ExitCode, NotFoundError, RunHeldError
 from resumable_trainer.loop import launch
 from resumable_trainer.loop.notices import install_excepthook, notices, report_error
 from resumable_trainer.report.summary import DEFAULT_ROOT, is_run, summarize
@@ -69,16 +70,45 @@ def _candidates(command: Command) -> Iterator[str]:
 
 
 def _strings_in(script: str | None) -> Iterator[str]:
-    if script is None:
-        return
-    try:
-        tree = ast.parse(Path(script).read_bytes())
-    except (OSError, SyntaxError, ValueError):
-        return  # starting it will tell
-    for node in ast.walk(tree):
+    for node in ast.walk(_tree_of(script)):
         value = node.value if isinstance(node, ast.Constant) else None
         if isinstance(value, str) and 0 < len(value) < 500 and value.isprintable():
             yield value
+
+
+def directory_to_be(command: Command, default: Path) -> Path | None:
+    """The run directory that a script started for the first time will open, if its text says so.
+
+    It does if there is a single `Run(...)`, `Trainer(...)` or `StateManager(...)` in it whose
+    directory is written out, or left to the command line. Then the lock can be taken before torch is
+    imported, and of twenty starts at once nineteen are refused at once.
+    """
+    calls = [node for node in ast.walk(_tree_of(command.script)) if isinstance(node, ast.Call) and _opens_run(node)]
+    if len(calls) != 1:
+        return None
+    call = calls[0]
+    named = [keyword.value for keyword in call.keywords if keyword.arg in ("directory", "run_dir")] or call.args[:1]
+    if any(keyword.arg is None for keyword in call.keywords) or any(isinstance(a, ast.Starred) for a in call.args):
+        return None
+    if not named:
+        return default
+    value = named[0].value if isinstance(named[0], ast.Constant) else ...
+    if value is None:
+        return default
+    return Path(command.cwd) / value if isinstance(value, str) and value.isprintable() and value else None
+
+
+def _opens_run(call: ast.Call) -> bool:
+    name = call.func.attr if isinstance(call.func, ast.Attribute) else getattr(call.func, "id", "")
+    return name in ("Run", "StateManager", "Trainer")
+
+
+def _tree_of(script: str | None) -> ast.Module:
+    """A script's syntax tree; an empty one if it has none: starting it will tell."""
+    try:
+        return ast.parse(Path(script).read_bytes()) if script is not None else ast.Module([], [])
+    except (OSError, SyntaxError, ValueError):
+        return ast.Module([], [])
 
 
 def start(command: Command, directories: list[Path], target: Path | None, args: argparse.Namespace) -> int:
@@ -112,6 +142,7 @@ def start(command: Command, directories: list[Path], target: Path | None, args: 
     install_excepthook(launch.process.note_failure)
     code = _run_script(command)
     launch.process.record_exit(code)
+    _release_unused_locks()
     if target is not None and target.resolve() not in launch.process.opened:
         print(f"resumable-trainer: the script never opened {target}", file=sys.stderr)
     return code
@@ -153,9 +184,16 @@ def _take_locks(directories: list[Path], command: Command) -> None:
         raise
 
 
-def _newest_generation(directory: Path) -> int:
-    from resumable_trainer.errors import DamagedSnapshotError
+def _release_unused_locks() -> None:
+    """Let go of runs that the script did not open after all; a directory made for nothing goes."""
+    for directory, lock in launch.process.handover.locks.items():
+        lock.release()
+        if [path.name for path in directory.iterdir()] == [RUN_LOCK]:
+            remove_tree(Files(), directory)
+    launch.process.handover.locks.clear()
 
+
+def _newest_generation(directory: Path) -> int:
     store = Store(directory)
     for name in reversed(store.names()):
         try:
