@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
+from resumable_trainer.data.numpy_state import numpy_apart, numpy_kept
 from resumable_trainer.data.order import mix
 
 if TYPE_CHECKING:
@@ -22,7 +23,6 @@ if TYPE_CHECKING:
 
 _KINDS = (torch.Generator, np.random.Generator, np.random.RandomState, random.Random)
 _INNER = ("dataset", "datasets", "transform", "transforms", "target_transform")
-_spare_bits: list[np.random.MT19937] = []  # making one costs 80 us, so they are used again
 
 
 def seed_all(value: int) -> None:
@@ -67,7 +67,7 @@ def isolated_generators(*generators: Any, seed: int | None = None) -> Iterator[N
     """
     python, cpu = random.getstate(), torch.default_generator.get_state()
     own = [(generator, _get(generator)) for generator in generators]
-    with _numpy_apart(copied=seed is None):
+    with numpy_kept() if seed is None else numpy_apart():
         if seed is not None:
             seed_all(seed)
             seed_generators(generators, seed)
@@ -78,23 +78,6 @@ def isolated_generators(*generators: Any, seed: int | None = None) -> Iterator[N
             torch.default_generator.set_state(cpu)
             for generator, state in own:
                 _set(generator, state)
-
-
-@contextlib.contextmanager
-def _numpy_apart(*, copied: bool) -> Iterator[None]:
-    """NumPy's global generator runs on a spare bit generator inside: half the cost of setting its state back."""
-    kept, bits = np.random.get_state(legacy=False), np.random.mtrand.get_bit_generator()
-    spare = _spare_bits.pop() if _spare_bits else np.random.MT19937(0)
-    np.random.mtrand.set_bit_generator(spare)
-    try:
-        if copied:
-            np.random.set_state(kept)
-        yield
-    finally:
-        np.random.mtrand.set_bit_generator(bits)
-        _spare_bits.append(spare)
-        if kept["has_gauss"]:  # swapping made NumPy forget the second half of a pair of normal draws
-            np.random.set_state(kept)
 
 
 def each_apart(items: Iterable[Any], seed: int, *generators: Any, first: int = 0) -> Iterator[Any]:

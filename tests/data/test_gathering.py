@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import itertools
 
+import numpy as np
 import pytest
 import torch
 from batch_bytes import all_bytes, as_bytes
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader, Subset, TensorDataset
 
 from resumable_trainer.data import gather
 from resumable_trainer.data.sources import source_of
@@ -167,6 +168,17 @@ def test_gathering_stands_in_for_a_loader_to_the_byte(how):
     whole = all_bytes(loading.batches(epoch=2))
     assert all_bytes(gathering.batches(epoch=2)) == whole
     assert all_bytes(gathering.batches(epoch=2, start=1)) == whole[1:]
+    assert gathering.fingerprint() == loading.fingerprint()
+
+
+def test_gathering_stands_in_for_a_loader_over_a_subset_of_a_subset():
+    def source(**how):
+        outer = Subset(Subset(TensorDataset(X, Y), [*range(30, 10, -1), -1]), np.array([1, 3, 5, 20, -2]))
+        return source_of(DataLoader(outer, 2, shuffle=True, **how), seed=3)
+
+    gathering, loading = source(), source(collate_fn=_picky_collate)
+    assert type(gathering) is not type(loading)
+    assert all_bytes(gathering.batches(epoch=2)) == all_bytes(loading.batches(epoch=2))
     assert gathering.fingerprint() == loading.fingerprint()
 
 

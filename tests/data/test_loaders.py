@@ -338,6 +338,13 @@ def test_set_epoch_is_called_for_samplers_that_have_it():
     assert sampler.epoch == 5
 
 
+def test_a_sampler_without_length_draws_anew_in_each_of_the_blocks_that_are_drawn_ahead():
+    loader = DataLoader(Rows(), 1, sampler=WithoutLength())
+    order = [int(index) for _, index in source_of(loader, seed=0).batches(epoch=0)]
+    assert len(order) == NUM_ROWS * 7
+    assert order[:32] != order[32:64]
+
+
 def test_a_sampler_that_never_ends_can_be_left():
     class Endless(Sampler):
         def __iter__(self):
