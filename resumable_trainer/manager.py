@@ -10,6 +10,7 @@ waits. An error there is raised at the next call and at close.
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import secrets
 import threading
@@ -19,7 +20,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Self
 
-from resumable_trainer.durable.files import Files
+from resumable_trainer.durable.files import Files, remove_tree
 from resumable_trainer.durable.journal import Journal, Mark
 from resumable_trainer.durable.lock import RunLock
 from resumable_trainer.errors import (
@@ -317,6 +318,7 @@ class StateManager:
             SnapshotWriteError: This one (if not in the background) or the one before it could not
                 be made durable.
         """
+        _ = self.lock
         self.wait()
         write = partial(self._write_and_commit, staged, facts, before_commit)
         pending = PendingSnapshot(facts.name, write, background=background)
@@ -363,8 +365,9 @@ class StateManager:
     def _write_and_commit(self, staged: Flat, facts: Facts, before_commit: Callable[[], None] | None) -> None:
         started = time.monotonic()
         name = facts.name
+        temporary: Path | None = None
         try:
-            if name in self.store.names():
+            if self.store.path(name).exists():
                 return  # this very position is durable already
             temporary = self.store.begin(name, token=f"{self.lock.generation}-{secrets.token_hex(4)}")
             entries = write_files(self.files, temporary, staged)
@@ -375,6 +378,10 @@ class StateManager:
             self.store.write_manifest(temporary, manifest)
             self.store.commit(temporary, name, check=self.lock.check)
         except OSError as error:
+            # An attempt that failed is thrown away whole; the next one writes new files.
+            if temporary is not None and temporary.exists():
+                with contextlib.suppress(OSError):
+                    remove_tree(self.files, temporary)
             if isinstance(error, ResumableTrainerError):
                 raise
             raise self._write_error(name, error) from error
@@ -423,7 +430,10 @@ class StateManager:
         doomed = set(self._retain(kept)) - {manifest.name}
         self._kept = [snapshot for snapshot in kept if snapshot.name not in doomed]
         for name in sorted(doomed):
-            self.store.delete(name)
+            try:
+                self.store.delete(name)
+            except OSError as error:  # the new snapshot is durable: an old one that stays is no reason to stop
+                self.note("not_deleted", snapshot=name, reason=str(error))
 
     def _all_kept(self) -> list[Kept]:
         """Facts for retention of every committed snapshot, read from disk once and then kept."""

@@ -33,6 +33,9 @@ def run(args: argparse.Namespace) -> int:
         )
     os.chdir(command.cwd)
     launch.process.handover.directory = directory
+    recorded = launch.last_events(directory, ("launched",))["launched"].get("directory")
+    if recorded is not None and Path(recorded) != directory:
+        launch.process.handover.moved[Path(recorded)] = directory
     return start(command, [directory], directory, args)
 
 

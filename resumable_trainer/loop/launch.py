@@ -10,6 +10,8 @@ from __future__ import annotations
 import atexit
 import datetime
 import functools
+import io
+import json
 import os
 import sys
 import sysconfig
@@ -18,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from resumable_trainer.durable.digest import digest_bytes
-from resumable_trainer.durable.journal import Journal, read_rows
+from resumable_trainer.durable.journal import Journal
 from resumable_trainer.durable.lock import RunLock
 from resumable_trainer.errors import RunHeldError
 from resumable_trainer.snapshot.layout import EVENTS, RUN_LOCK
@@ -91,6 +93,7 @@ class Handover:
         fresh: Set the old line aside first.
         strict: Refuse on drift.
         locks: Locks already taken, by resolved run directory.
+        moved: Where runs are now, by the resolved directory in which they were recorded.
     """
 
     command: Command | None = None
@@ -100,6 +103,7 @@ class Handover:
     fresh: bool = False
     strict: bool = False
     locks: dict[Path, RunLock] = field(default_factory=dict)
+    moved: dict[Path, Path] = field(default_factory=dict)
 
     def applies_to(self, directory: Path) -> bool:
         """Whether `which` and `fresh` are meant for this run directory."""
@@ -170,9 +174,12 @@ def default_directory(command: Command) -> Path:
     return Path("runs") / command.name
 
 
-def directory_for(command: Command) -> Path:
-    """The run directory of a script that names none: the one handed over, or the default."""
-    return process.handover.directory or default_directory(command)
+def directory_for(named: str | os.PathLike[str] | None, command: Command) -> Path:
+    """The run directory: the one that the script names (or where it has moved to), else the one handed over."""
+    if named is None:
+        return process.handover.directory or default_directory(command)
+    directory = Path(named)
+    return process.handover.moved.get(directory.resolve(), directory)
 
 
 def source_digests(script: str | None) -> dict[str, str]:
@@ -218,11 +225,14 @@ def _digest_or_none(path: str) -> str | None:
 def last_events(directory: Path, kinds: tuple[str, ...]) -> dict[str, dict[str, Any]]:
     """The newest event of each kind."""
     path = directory / EVENTS
-    found: dict[str, dict[str, Any]] = {}
-    for row in read_rows(path) if path.exists() else ():
-        if row.get("event") in kinds:
-            found[row["event"]] = row
-    return found
+    marks = {kind: f'"event":"{kind}"'.encode() for kind in kinds}
+    newest: dict[str, bytes] = {}
+    with path.open("rb") if path.exists() else io.BytesIO() as file:
+        for line in file:  # only the newest of each kind is parsed: a long run has many events
+            for kind, mark in marks.items():
+                if mark in line and line.endswith(b"\n"):
+                    newest[kind] = line
+    return {kind: json.loads(line) for kind, line in newest.items()}
 
 
 def recorded_command(directory: Path) -> Command | None:

@@ -72,7 +72,14 @@ def known_run_id(manager: StateManager) -> str | None:
 def note_launch(manager: StateManager, command: Command) -> None:
     """The event from which `resume` learns what to start."""
     recorded = command.to_json() if command.script or command.module else None
-    manager.note("launched", command=recorded, pid=getpid(), host=socket.gethostname(), versions=identity.versions())
+    manager.note(
+        "launched",
+        command=recorded,
+        directory=str(manager.directory.resolve()),
+        pid=getpid(),
+        host=socket.gethostname(),
+        versions=identity.versions(),
+    )
 
 
 def begin_line(manager: StateManager, record: Record, directory: Path) -> str:

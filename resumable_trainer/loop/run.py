@@ -11,7 +11,6 @@ from __future__ import annotations
 import contextlib
 import time
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
 from resumable_trainer.data.sources import Source, source_of
@@ -89,9 +88,7 @@ class Run:
         if not isinstance(seed, int) or isinstance(seed, bool) or not 0 <= seed < 2**63:
             raise SettingsError(f"Run: seed is {seed!r}, it must be an int from 0 to 2**63 - 1")
         self._command = launch.process.handover.command or launch.Command.current()
-        self.directory = Path(directory) if directory is not None else launch.directory_for(self._command)
-        self.outcome: Outcome | None = None
-        self.resumed_from: str | None = None
+        self.directory = launch.directory_for(directory, self._command)
         self._state = dict(state)
         self._seed = seed
         self._policy = snapshots if snapshots is not None else SnapshotPolicy()
@@ -99,6 +96,12 @@ class Run:
         self._screen = Progress.for_choice(progress)
         self._strict = strict or launch.process.handover.strict
         self._clock: Callable[[], float] = time.monotonic
+        self._reset()
+
+    def _reset(self) -> None:
+        """Nothing is known yet: entering reads it from the run directory, each time anew."""
+        self.outcome: Outcome | None = None
+        self.resumed_from: str | None = None
         self._cursor = Cursor()
         self._total: int | None = None
         self._ended_by_break_at: int | None = None  # the total that held when the epoch loop was left by break
@@ -125,6 +128,7 @@ class Run:
     # -- opening ----------------------------------------------------------------------------------
 
     def __enter__(self) -> Self:
+        self._reset()
         notices.install()
         install_excepthook(launch.process.note_failure)
         self._manager = StateManager(

@@ -8,6 +8,7 @@ bytes that were put in. Cost: one pass over the state each way, plus that compar
 from __future__ import annotations
 
 import re
+from collections import OrderedDict
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import numpy as np
@@ -119,6 +120,11 @@ def restore_part(name: str, part: object, saved: Any) -> None:
         generators.restore_generator(part, saved)
         return
     assert isinstance(part, Stateful)
+    if isinstance(part, nn.Module):
+        # torch keeps versions of modules' states in an attribute that a plain dict does not have.
+        live = part.state_dict()
+        saved = OrderedDict(saved)
+        saved._metadata = getattr(live, "_metadata", None)
     try:
         part.load_state_dict(saved)
     except Exception as error:

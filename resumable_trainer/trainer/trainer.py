@@ -38,7 +38,7 @@ class Trainer:
         train_data: A DataLoader, a tuple (inputs, targets) of tensors, a TensorDataset, or any
             iterable of batches.
         test_data: The same kinds; evaluated whole at the end of each epoch. None for no evaluation.
-        batch_size: Samples per batch, for tensors.
+        batch_size: Samples per batch, for tensors; a DataLoader has its own.
         shuffle: Whether training tensors have another order in each epoch.
         metrics: Functions of (outputs, targets) by name, each the mean over a batch.
         scheduler: A learning-rate scheduler, stepped after each epoch; one that needs a metric
@@ -139,8 +139,9 @@ class Trainer:
         run, accumulate = self._run, self._accumulate
         if run.batch % accumulate == 0:
             self._optimizer.zero_grad()
-        shuffle = self._shuffle and _is_tensors(self._train_data)
-        for inputs, targets in run.batches(self._train_data, batch_size=self._batch_size, shuffle=shuffle):
+        tensors = _is_tensors(self._train_data)
+        settings = {"batch_size": self._batch_size, "shuffle": self._shuffle} if tensors else {}
+        for inputs, targets in run.batches(self._train_data, **settings):
             self._train_batch(inputs, targets, step=(run.batch + 1) % accumulate == 0)
         if run.batch % accumulate:
             self._step()
