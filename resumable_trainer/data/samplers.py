@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
     from torch.utils.data import DataLoader
 
-_LISTS_AHEAD = 32  # of a sampler without length; keeping the generators costs 60 us, once for so many
+_LISTS_AHEAD = 32  # of a sampler without length; keeping the generators costs 30 us, once for so many
 
 
 class SamplerOrder:

@@ -2,7 +2,7 @@
 
 Each item is a batch. Global generators that an item draws from while it is made are seeded for it
 from (seed, salt, epoch, its number), and are afterwards as they were: the training's own random
-numbers do not depend on how the data are made. Cost: 60 us per batch, none for lists, tuples, ranges.
+numbers do not depend on how the data are made. Cost: 30 us per batch, none for lists, tuples, ranges.
 """
 
 from __future__ import annotations
