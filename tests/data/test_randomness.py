@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch.utils.data import ConcatDataset, Subset
 
+from resumable_trainer.data import numpy_state
 from resumable_trainer.data.randomness import (
     each_apart,
     generators_of_dataset,
@@ -145,3 +146,21 @@ def test_items_made_apart_depend_on_their_number_and_not_on_what_is_drawn_betwee
         global_draws()
         found.append(next(tail))
     assert found == expected[2:]
+
+
+def test_numpys_words_are_where_the_fast_way_looks_for_them():
+    assert numpy_state._words_are_where_we_look()
+
+
+def test_a_bit_generator_that_the_user_has_set_is_kept_too():
+    original = np.random.mtrand.get_bit_generator()
+    np.random.mtrand.set_bit_generator(np.random.MT19937(1).jumped())
+    try:
+        np.random.randn()
+        with numpy_state.numpy_kept():
+            expected = np.random.randn(), np.random.rand()
+        with isolated_generators(seed=3):
+            np.random.randn(3)
+        assert (np.random.randn(), np.random.rand()) == expected
+    finally:
+        np.random.mtrand.set_bit_generator(original)
