@@ -140,7 +140,7 @@ class Trainer:
         if run.batch % accumulate == 0:
             self._optimizer.zero_grad()
         tensors = _is_tensors(self._train_data)
-        settings = {"batch_size": self._batch_size, "shuffle": self._shuffle} if tensors else {}
+        settings: dict[str, Any] = {"batch_size": self._batch_size, "shuffle": self._shuffle} if tensors else {}
         for inputs, targets in run.batches(self._train_data, **settings):
             self._train_batch(inputs, targets, step=(run.batch + 1) % accumulate == 0)
         if run.batch % accumulate:
