@@ -42,9 +42,10 @@ if TYPE_CHECKING:
     )
     from resumable_trainer.loop.run import Run
     from resumable_trainer.loop.triggers import SnapshotPolicy
-    from resumable_trainer.manager import PendingSnapshot, RestoreReport, StateManager
+    from resumable_trainer.manager import RestoreReport, StateManager
     from resumable_trainer.metrics.early_stopping import EarlyStopping
     from resumable_trainer.metrics.history import History
+    from resumable_trainer.snapshot.pending import PendingSnapshot
     from resumable_trainer.trainer.trainer import Trainer
 
 __version__ = "0.1.0"
@@ -58,7 +59,7 @@ _HOMES = {
     "Interrupted": "errors",
     "NoValidSnapshotError": "errors",
     "NotFoundError": "errors",
-    "PendingSnapshot": "manager",
+    "PendingSnapshot": "snapshot.pending",
     "Preempted": "errors",
     "ResumableTrainerError": "errors",
     "RestoreReport": "manager",

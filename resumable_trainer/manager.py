@@ -13,7 +13,6 @@ from __future__ import annotations
 import contextlib
 import datetime
 import secrets
-import threading
 import time
 from dataclasses import asdict, dataclass, field
 from functools import partial
@@ -34,6 +33,7 @@ from resumable_trainer.errors import (
 )
 from resumable_trainer.snapshot.layout import EVENTS, RUN_LOCK, Position, parse_name, snapshot_name
 from resumable_trainer.snapshot.manifest import Best, JournalMark, Manifest, PositionFields
+from resumable_trainer.snapshot.pending import PendingSnapshot
 from resumable_trainer.snapshot.reader import Reader
 from resumable_trainer.snapshot.retention import Kept, to_delete
 from resumable_trainer.snapshot.store import Store
@@ -82,48 +82,6 @@ class Facts:
     def name(self) -> str:
         """Name of the snapshot's directory."""
         return snapshot_name(self.position, epoch_complete=self.epoch_complete)
-
-
-class PendingSnapshot:
-    """A snapshot on its way to the disk.
-
-    Attributes:
-        name: Its directory's name below `snapshots/`.
-    """
-
-    def __init__(self, name: str, write: Callable[[], None], *, background: bool) -> None:
-        self.name = name
-        self._write = write
-        self._error: BaseException | None = None
-        self._thread = threading.Thread(target=self._run, name=f"snapshot {name}") if background else None
-        if self._thread is None:
-            self._run()
-            self.wait()
-        else:
-            self._thread.start()
-
-    def _run(self) -> None:
-        try:
-            self._write()
-        except BaseException as error:  # noqa: BLE001 - thread edge: it is raised by wait() in the caller's thread
-            self._error = error
-
-    @property
-    def done(self) -> bool:
-        """Whether it is durable, or has failed."""
-        return self._thread is None or not self._thread.is_alive()
-
-    def wait(self) -> None:
-        """Block until the snapshot is durable.
-
-        Raises:
-            SnapshotWriteError: It could not be made durable; older snapshots stand.
-        """
-        if self._thread is not None:
-            self._thread.join()
-        if self._error is not None:
-            error, self._error = self._error, None
-            raise error
 
 
 @dataclass(frozen=True)

@@ -10,8 +10,6 @@ import socket
 from os import getpid
 from typing import TYPE_CHECKING, Any
 
-import torch
-
 from resumable_trainer.durable.files import move_directory, write_replacing
 from resumable_trainer.durable.journal import Mark, read_rows
 from resumable_trainer.errors import DamagedSnapshotError
@@ -163,13 +161,3 @@ def _word(value: Any) -> Any:
     if isinstance(value, float) and not math.isfinite(value):
         return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
     return value
-
-
-def whole_size(data: Any) -> int | None:
-    """Number of samples of tensors that are to be evaluated in one batch; None for other data."""
-    first = data
-    if isinstance(data, torch.utils.data.TensorDataset):
-        first = data.tensors[0]
-    elif type(data) is tuple and data:
-        first = data[0]
-    return max(1, len(first)) if isinstance(first, torch.Tensor) and first.ndim else None

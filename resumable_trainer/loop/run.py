@@ -13,7 +13,6 @@ import time
 from functools import partial
 from typing import TYPE_CHECKING, Any, Self
 
-from resumable_trainer.data.sources import Source, source_of
 from resumable_trainer.errors import (
     DriftError,
     Interrupted,
@@ -29,6 +28,7 @@ from resumable_trainer.loop.held import HeldState
 from resumable_trainer.loop.notices import install_excepthook, notices
 from resumable_trainer.loop.progress import Progress
 from resumable_trainer.loop.record import Record
+from resumable_trainer.loop.shelf import Shelf
 from resumable_trainer.loop.triggers import SnapshotPolicy
 from resumable_trainer.manager import Facts, Outcome, RestoreReport, StateManager
 from resumable_trainer.snapshot.layout import METRICS, snapshot_name
@@ -43,12 +43,12 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
     from types import TracebackType
 
+    from resumable_trainer.data.sources import Source
     from resumable_trainer.metrics.early_stopping import EarlyStopping
     from resumable_trainer.metrics.history import History
     from resumable_trainer.snapshot.tree import Flat
 
 _SHOW_ROWS_SECONDS = 1.0
-_MAX_SOURCES = 16
 
 
 class Run:
@@ -117,9 +117,7 @@ class Run:
         # After a resume, until the loop has caught up:
         self._report: RestoreReport | None = None
         self._epoch_generators: Any = None
-        self._sources: dict[Any, tuple[Any, Source]] = {}
-        self._source_states: dict[int, Any] = {}
-        self._loop_sources: list[Source] = []  # by number of the loop over batches within an epoch
+        self._shelf = Shelf(self._seed)
         self._facts: dict[str, Any] = {}
         self._saved_facts: Mapping[str, Any] = {}
         self._settings: dict[str, Any] = {}
@@ -347,9 +345,9 @@ class Run:
                 "batches: not within an epoch", hint="for epoch in run.epochs(n): for x in run.batches(...)"
             )
         self._end_open_batches()
-        source = self._source(data, batch_size, shuffle, drop_last, salt="train")
+        source = self._shelf.source(data, salt="train", batch_size=batch_size, shuffle=shuffle, drop_last=drop_last)
         number, self._loop_number = self._loop_number, self._loop_number + 1
-        self._take_up(source, number)
+        self._shelf.take_up(source, number)
         self._check_data(number, source)
         return self._batches(source, number)
 
@@ -380,14 +378,6 @@ class Run:
             if notices.pending or self._snapshot_due():
                 self._boundary()
         self._end_batches(loop)
-
-    def _take_up(self, source: Source, number: int) -> None:
-        """Note which source this loop of the epoch runs over, with its state of before a resume."""
-        del self._loop_sources[number:]
-        self._loop_sources.append(source)
-        state = self._source_states.pop(number, None)
-        if state is not None:
-            source.restore(state)
 
     def _iterator(self, source: Source, loop: BatchLoop) -> Iterator[Any]:
         if loop.over:
@@ -463,7 +453,7 @@ class Run:
         """
         self._settle()
         self._evaluates = True
-        source = self._source(data, batch_size, shuffle=False, drop_last=False, salt="evaluating")
+        source = self._shelf.source(data, salt="evaluating", batch_size=batch_size)
         return self._evaluating(source)
 
     def _evaluating(self, source: Source) -> Iterator[Any]:
@@ -550,25 +540,19 @@ class Run:
             "cursor": self._cursor.state_dict(),
             "record": self._record.state_dict(),
             "epoch_generators": None if epoch_complete else self._epoch_generators,
-            "sources": self._capture_sources(epoch_complete=epoch_complete),
+            "sources": self._shelf.state(under_way=None if epoch_complete else self._loop_under_way()),
             "ended_by_break_at": self._ended_by_break_at,
         }
 
-    def _capture_sources(self, *, epoch_complete: bool) -> list[list[Any]]:
-        """[number of the loop, state] of every source that keeps its own place."""
-        captured = []
-        for number, source in enumerate(self._loop_sources):
-            under_way = self._loop is not None and number + 1 == self._loop_number and not self._loop.over
-            state = source.capture(epoch_complete=epoch_complete or not under_way)
-            if state is not None:
-                captured.append([number, state])
-        return captured
+    def _loop_under_way(self) -> int | None:
+        """Number of the loop over batches that has batches left."""
+        return None if self._loop is None or self._loop.over else self._loop_number - 1
 
     def _load_loop(self, state: Mapping[str, Any]) -> None:
         self._cursor = Cursor.from_state(state["cursor"])
         self._record.load_state_dict(state["record"])
         self._epoch_generators = state["epoch_generators"]
-        self._source_states = dict(state["sources"])
+        self._shelf.load_state(state["sources"])
         self._ended_by_break_at = state["ended_by_break_at"]
 
     def _restore_again(self) -> None:
@@ -603,21 +587,6 @@ class Run:
         )
 
     # -- data -------------------------------------------------------------------------------------
-
-    def _source(self, data: Any, batch_size: int | None, shuffle: bool, drop_last: bool, *, salt: str) -> Source:
-        """The source of some data, kept: its workers may be persistent."""
-        identities = tuple(map(id, data)) if type(data) in (tuple, list) else (id(data),)
-        key = (salt, identities[:64], len(identities), batch_size, shuffle, drop_last)
-        if key not in self._sources:
-            if salt == "evaluating" and batch_size is None:
-                batch_size = opening.whole_size(data)
-            source = source_of(
-                data, seed=self._seed, batch_size=batch_size, shuffle=shuffle, drop_last=drop_last, salt=salt
-            )
-            self._sources[key] = (data, source)  # the data too: while they live, nothing else has their id
-            if len(self._sources) > _MAX_SOURCES:
-                self._sources.pop(next(iter(self._sources)))[1].close()
-        return self._sources[key][1]
 
     def _check_data(self, number: int, source: Source) -> None:
         """Compare the data with what the snapshot saw; once per loop over batches."""
@@ -673,8 +642,7 @@ class Run:
     def _close(self, error: BaseException | None) -> None:
         self._entered = self._in_epoch = False
         self._screen.close()
-        for _, source in self._sources.values():
-            source.close()
+        self._shelf.close()
         self._watch.close()
         notices.uninstall()
         if isinstance(error, Interrupted):
