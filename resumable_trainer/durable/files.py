@@ -65,8 +65,13 @@ class Files:
         if sys.platform == "darwin":
             import fcntl
 
-            # macOS: fsync leaves the data in the drive's cache.
-            fcntl.fcntl(fd, fcntl.F_FULLFSYNC)
+            # macOS: fsync leaves the data in the drive's cache; some network file systems know nothing better.
+            try:
+                fcntl.fcntl(fd, fcntl.F_FULLFSYNC)
+            except OSError as error:
+                if error.errno not in (errno.ENOTSUP, errno.ENOTTY):
+                    raise
+                os.fsync(fd)
         else:
             os.fsync(fd)
 
@@ -157,7 +162,10 @@ class NewFile:
 
     def write(self, data: Buffer) -> None:
         """Write all of `data`; short writes are legal and continued."""
-        view = memoryview(data).cast("B")
+        view = memoryview(data)
+        if not view.nbytes:  # an empty array; `cast` refuses a zero in the shape
+            return
+        view = view.cast("B")
         self._digest.update(view)
         while view.nbytes:
             written = self._files.write(self._fd, view)
@@ -197,6 +205,19 @@ def write_replacing(files: Files, path: Path, data: Buffer) -> None:
     write_new_file(files, temporary, data)
     # Crash here: the old content stands; the temporary file is swept at the next start.
     files.replace(temporary, path)
+    files.sync_directory(path.parent)
+
+
+def make_directories(files: Files, path: Path) -> None:
+    """Make a directory and its missing parents, each durable before the next; one that is there is fine.
+
+    Without this, power loss could take a whole run whose every file was synced: nothing named it.
+    """
+    if path.is_dir():
+        return
+    make_directories(files, path.parent)
+    with contextlib.suppress(FileExistsError):  # twenty starts at once make it together
+        files.make_directory(path)
     files.sync_directory(path.parent)
 
 

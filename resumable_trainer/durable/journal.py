@@ -13,6 +13,7 @@ JSON knows no NaN and no infinities: such floats are written as the strings "NaN
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
 _CHUNK_BYTES = 1 << 20
 _BUFFER_BYTES = 1 << 16
 _encode = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"), allow_nan=False).encode
+_escape = json.JSONEncoder(ensure_ascii=True, separators=(",", ":"), allow_nan=False).encode
 
 
 @dataclass(frozen=True)
@@ -51,7 +53,9 @@ class Mark:
 class Journal:
     """One append-only file of rows, with one writer (the holder of the run's lock).
 
-    `append` belongs to one thread; `sync` may be called from another.
+    `append` belongs to one thread; `sync` may be called from another. An error while writing, syncing
+    or cutting *poisons* the journal: what of it is on disk is unknown, so every later call that would
+    write or sync raises, until the file is opened and rewound anew.
     """
 
     def __init__(self, path: Path, fd: int, files: Files) -> None:
@@ -59,6 +63,8 @@ class Journal:
         self._fd = fd
         self._files = files
         self._lock = threading.Lock()
+        # Taken before `_lock`, and held during the sync alone: rows go on being appended meanwhile.
+        self._sync_lock = threading.Lock()
         self._buffer: list[bytes] = []
         self._buffered_bytes = 0
         self._digest = Digest()
@@ -69,12 +75,11 @@ class Journal:
     def open(cls, path: Path, *, files: Files | None = None) -> Journal:
         """Open a journal, made if it is not there; a torn last line is cut."""
         files = files if files is not None else Files()
-        is_new = not path.exists()
         journal = cls(path, files.open_append(path), files)
         try:
             journal._take_in(limit=None)
-            if is_new:
-                files.sync_directory(path.parent)
+            # Also if it was there: whoever made it may have been killed before its name was durable.
+            files.sync_directory(path.parent)
         except BaseException:
             files.close(journal._fd)
             raise
@@ -108,19 +113,23 @@ class Journal:
             SnapshotWriteError: It could not, now or at an earlier call: a sync is never retried, as
                 a second one may report success for bytes that were lost.
         """
-        with self._lock:
-            self._write_buffer()
-        try:
-            self._files.sync(self._fd)
-        except OSError as error:
-            self._fail(error)
+        # Invariant: one sync at a time. The kernel tells of lost bytes once; a second sync that runs beside
+        # the failing one would report success for them.
+        with self._sync_lock:
+            with self._lock:
+                self._write_buffer()
+            with self._poisoning():
+                self._files.sync(self._fd)
 
     def rewind(self, mark: Mark) -> bool:
         """Cut the journal back to a mark; False if it does not hold the bytes that the mark counts.
 
         In that case nothing is touched.
+
+        Raises:
+            SnapshotWriteError: It could not be cut.
         """
-        with self._lock:
+        with self._sync_lock, self._lock:
             self._write_buffer()
             if self._digest.num_bytes < mark.num_bytes:
                 return False
@@ -128,42 +137,57 @@ class Journal:
                 return False
             if self._digest.num_bytes > mark.num_bytes:
                 # Crash here: the next start rewinds to the same mark again.
-                self._files.truncate(self._fd, mark.num_bytes)
-                self._files.sync(self._fd)
+                with self._poisoning():
+                    self._files.truncate(self._fd, mark.num_bytes)
+                    self._files.sync(self._fd)
             self._take_in(limit=mark.num_bytes)
             return True
 
     def close(self) -> None:
-        """Write what is buffered and close."""
-        with self._lock:
+        """Write what is buffered and close; a second call does nothing.
+
+        Raises:
+            SnapshotWriteError: Rows could not be written, now or at an earlier call. It is closed all the same.
+        """
+        with self._sync_lock, self._lock:
+            if self._fd < 0:
+                return
             try:
                 self._write_buffer()
             finally:
-                self._files.close(self._fd)
+                fd, self._fd = self._fd, -1
+                self._files.close(fd)
 
     def _write_buffer(self) -> None:
         if self._failed is not None:
-            raise SnapshotWriteError(self._failed, path=self._path)
+            raise self._write_error()
         if not self._buffer:
             return
         data = b"".join(self._buffer)
         view = memoryview(data)
-        try:
+        with self._poisoning():
             while view.nbytes:
                 view = view[self._files.write(self._fd, view) :]
-        except OSError as error:
-            self._fail(error)
         self._digest.update(data)
         self._rows += len(self._buffer)
         self._buffer.clear()
         self._buffered_bytes = 0
 
-    def _fail(self, error: OSError) -> None:
-        """From here on nothing may be believed of this file until it is opened and rewound anew."""
-        self._failed = f"{self._path} could not be written: {error}"
-        raise SnapshotWriteError(
-            self._failed, path=self._path, hint="free space or repair the disk, then start it again"
-        ) from error
+    @contextlib.contextmanager
+    def _poisoning(self) -> Iterator[None]:
+        """After any error in here nothing is believed of this file: half a row may have been written."""
+        try:
+            yield
+        except OSError as error:
+            self._failed = f"{self._path} could not be written: {error}"
+            raise self._write_error() from error
+        except BaseException:  # an interrupt between a write and its accounting: the row must not go out twice
+            self._failed = f"{self._path} could not be written: interrupted in the middle"
+            raise
+
+    def _write_error(self) -> SnapshotWriteError:
+        hint = "free space or repair the disk, then start it again"
+        return SnapshotWriteError(str(self._failed), path=self._path, hint=hint)
 
     def _digest_of(self, num_bytes: int) -> FileDigest:
         digest = Digest()
@@ -188,7 +212,17 @@ def _encode_row(row: Mapping[str, Any]) -> bytes:
         text = _encode(row)
     except ValueError:
         text = _encode({name: _without_special_floats(value) for name, value in row.items()})
-    return text.encode() + b"\n"
+    try:
+        return text.encode() + b"\n"
+    except UnicodeEncodeError:  # half a surrogate pair: an argument or file name that is not UTF-8
+        return _escape(json.loads(text)).encode() + b"\n"
+
+
+def _refuse_constant(name: str) -> None:
+    raise ValueError(f"{name} is no JSON")
+
+
+_decode = json.JSONDecoder(parse_constant=_refuse_constant).decode
 
 
 def _without_special_floats(value: object) -> object:
@@ -235,8 +269,8 @@ def read_rows(path: Path) -> Iterator[dict[str, Any]]:
             if not line.endswith(b"\n"):
                 return
             try:
-                row = json.loads(line)
-            except ValueError as error:
+                row = _decode(line.decode())
+            except (ValueError, RecursionError) as error:
                 raise ValueError(f"{path} line {number} is damaged: {error}") from error
             if not isinstance(row, dict):
                 raise ValueError(f"{path} line {number} is damaged: it is no object")

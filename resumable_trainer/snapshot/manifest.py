@@ -14,7 +14,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from resumable_trainer.durable.digest import digest_bytes
-from resumable_trainer.errors import DamagedSnapshotError
+from resumable_trainer.errors import DamagedSnapshotError, SettingsError
 from resumable_trainer.snapshot import strict_json
 
 FORMAT = 1
@@ -127,7 +127,7 @@ def _validated(data: bytes, own_digest: str) -> Manifest:
         fields = strict_json.parse(data, max_bytes=MAX_BYTES)
         number = fields.get("format")
         if isinstance(number, int) and number > FORMAT:
-            raise DamagedSnapshotError(
+            raise SettingsError(  # not damaged: nothing may move it to quarantine
                 f"manifest.json is of format {number}, this version reads up to {FORMAT}",
                 found=number,
                 expected=FORMAT,
@@ -135,7 +135,7 @@ def _validated(data: bytes, own_digest: str) -> Manifest:
             )
         return Manifest.model_validate({**fields, "own_digest": own_digest})
     except (ValidationError, ValueError, AttributeError) as error:
-        if isinstance(error, DamagedSnapshotError):
+        if isinstance(error, DamagedSnapshotError | SettingsError):
             raise
         raise DamagedSnapshotError(f"manifest.json does not describe a snapshot: {error}") from error
 
