@@ -17,6 +17,7 @@ import enum
 import json
 import math
 import pathlib
+import struct
 import sys
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
 
 MAX_DEPTH = 40
 _INLINE_ARRAY_BYTES = 1024
+_USUAL_NAN = struct.pack(">d", math.nan).hex()
 _FACTORIES = {"list": list, "dict": dict, "int": int, "float": float, "set": set}
 _TORCH_DTYPES = {str(d).removeprefix("torch."): d for d in vars(torch).values() if isinstance(d, torch.dtype)}
 TensorReader = "Callable[[str, str], torch.Tensor]"
@@ -89,7 +91,7 @@ class _Writer:
         if kind is int:
             return value if -(2**63) <= value < 2**64 else {"$int": hex(value)}  # type: ignore[operator, arg-type]
         if kind is float:
-            return value if math.isfinite(value) else {"$float": repr(value)}  # type: ignore[arg-type]
+            return value if math.isfinite(value) else {"$float": _special(value)}  # type: ignore[arg-type]
         if len(path) > MAX_DEPTH:
             raise self.unsafe(value, path[:8], f"is nested deeper than {MAX_DEPTH}, or holds itself")
         if isinstance(value, torch.Tensor):
@@ -167,6 +169,17 @@ class _Writer:
             found=type(value).__qualname__,
             hint="keep it out of the state, or hand over plain values and tensors (see FORMAT.md)",
         )
+
+
+def _special(value: Any) -> str:
+    """Infinities and NaN as words; a NaN of another sign or payload than the usual one as its bits."""
+    bits = struct.pack(">d", value).hex()
+    return f"nan:{bits}" if value != value and bits != _USUAL_NAN else repr(value)
+
+
+def _float_of(word: str) -> float:
+    kind, _, bits = word.partition(":")
+    return float(kind) if not bits else float(struct.unpack(">d", bytes.fromhex(bits))[0])
 
 
 def _is_dense(tensor: torch.Tensor) -> bool:
@@ -338,7 +351,7 @@ def _decode_defaultdict(reader: _Reader, encoded: dict[str, Any]) -> Any:
 
 _DECODERS: dict[str, Callable[[_Reader, Any], Any]] = {
     "$int": lambda _r, v: int(v, 16),
-    "$float": lambda _r, v: float(v),
+    "$float": lambda _r, v: _float_of(v),
     "$dict": lambda r, v: dict(r.pairs(v)),
     "$tuple": lambda r, v: tuple(r.value(v)),
     "$set": lambda r, v: set(r.value(v)),
