@@ -62,10 +62,14 @@ def _list_differences(a: Any, b: Any, place: str) -> list[str]:
 
 
 def _same_value(a: object, b: object) -> bool:
-    if isinstance(a, float) and isinstance(b, float):
-        return struct.pack("<d", a) == struct.pack("<d", b)
+    if type(a) is not type(b):
+        return False
+    if isinstance(a, np.generic) and isinstance(b, np.generic):
+        return a.dtype == b.dtype and a.tobytes() == b.tobytes()
+    if isinstance(a, float | complex) and isinstance(b, float | complex):
+        return struct.pack("<dd", a.real, a.imag) == struct.pack("<dd", b.real, b.imag)
     try:
-        return type(a) is type(b) and bool(a == b)
+        return bool(a == b)
     except (TypeError, ValueError):
         return False
 
