@@ -1,14 +1,16 @@
 """The run's lock: one writer per run directory, and who it is.
 
-Policy: `flock` (through filelock) on `run.lock`, held open for the life of the run, never waited
-for and never unlinked. The kernel frees it when the holder dies, however it dies. Forked children
-close their copy of the descriptor: a flock lives as long as any copy, and a data-loader worker that
-outlives a killed trainer would keep the run locked.
+Policy: `flock` (through filelock) on `run.lock`, held open for the life of the run and never
+unlinked; a live holder is never waited for. The kernel frees it when the holder dies, however it
+dies. Forked children close their copy of the descriptor (filelock does, from 4.0 on) and never
+unlock: a flock belongs to all copies, so a data-loader worker that outlives a killed trainer would
+keep the run locked, and one that unlocks would free it under the trainer. Where a file system has
+no flock, a run does not start: a marker file instead would outlive its holder.
 
 The owner's record lies inside the file, one padded line written in place. It is for people and for
 lookers, who never take the lock: trying it would make a start in that instant fail. The *generation*
 in it grows by one at each launch and is stamped into every manifest, so that a process thought dead
-cannot publish.
+cannot publish. A filelock before 4.2.3 empties the file when it takes the lock, and the record with it.
 
 Cost: one sync at launch; noting the step is one small write.
 """
@@ -17,9 +19,11 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import errno
 import json
 import os
 import socket
+import threading
 import time
 import weakref
 from dataclasses import asdict, dataclass, replace
@@ -28,14 +32,18 @@ from typing import TYPE_CHECKING, Any
 
 from filelock import FileLock, Timeout
 
-from resumable_trainer.errors import RunHeldError
+from resumable_trainer.durable.digest import open_regular
+from resumable_trainer.durable.files import Files, make_directories
+from resumable_trainer.errors import RunHeldError, SettingsError, SnapshotWriteError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
 _RECORD_BYTES = 2048
-_MAX_COMMAND_CHARS = 512
-_RECORD_WAIT_SECONDS = 0.5
+_MAX_COMMAND_BYTES = 1024
+_MAX_READS = 100
+_SETTLING_SECONDS = 0.5
+_NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)
 _held: weakref.WeakSet[RunLock] = weakref.WeakSet()
 
 
@@ -74,16 +82,18 @@ class RunLock:
     """The lock of one run directory.
 
     Args:
-        path: The lock file, `run.lock` in the run directory.
+        path: The lock file, `run.lock` in the run directory; both are made if they are not there.
+        files: Primitive operations.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, *, files: Files | None = None) -> None:
         self._path = Path(path)
+        self._files = files if files is not None else Files()
         # thread_local=False: the thread that writes snapshots checks the lock that the training thread took.
-        self._flock = FileLock(str(self._path), timeout=0, thread_local=False)
-        self._fd = -1
-        self._inode: tuple[int, int] | None = None
+        self._flock = FileLock(str(self._path), timeout=0, thread_local=False, fallback_to_soft=False)
+        self._fd = -1  # our own, for the record; the one that carries the flock is filelock's
         self._owner: Owner | None = None
+        self._record_lock = threading.Lock()
 
     @property
     def owner(self) -> Owner:
@@ -111,18 +121,28 @@ class RunLock:
 
         Raises:
             RunHeldError: Another process holds it; the message says who, since when, at which step.
+            SettingsError: The directory's file system has no locks.
+            SnapshotWriteError: The owner's record could not be made durable.
         """
         self._take()
         try:
             last = read_owner(self._path)
             generation = 1 + max(known_generation, last.generation if last else 0)
-            self._owner = _myself(generation, command[:_MAX_COMMAND_CHARS])
-            self._write_record()
-            os.fsync(self._fd)
+            owner = _myself(generation, _shortened(command))
+            self._write_record(owner)
+            self._files.sync(self._fd)
+        except OSError as error:
+            self._let_go()
+            raise SnapshotWriteError(
+                f"{self._path} could not be written: {error}",
+                path=self._path,
+                hint="free space or repair the disk, then start it again",
+            ) from error
         except BaseException:
             self._let_go()
             raise
-        return self._owner
+        self._owner = owner
+        return owner
 
     @contextlib.contextmanager
     def held_again(self) -> Iterator[None]:
@@ -138,10 +158,10 @@ class RunLock:
             self._let_go()
 
     def note_step(self, step: int) -> None:
-        """Let others see how far the run is; not synced."""
+        """Let others see how far the run is; not synced, and no reason to stop if it cannot be written."""
         if self._owner is not None:
-            self._owner = replace(self._owner, step=step)
-            self._write_record()
+            with contextlib.suppress(OSError):  # `check` reads it back before anything is published
+                self._write_record(replace(self._owner, step=step))
 
     def check(self) -> None:
         """Make sure that this process may still publish.
@@ -149,50 +169,91 @@ class RunLock:
         Raises:
             RunHeldError: The lock file was removed or replaced, or a later launch has taken the run.
         """
+        generation = self.generation
         try:
-            found = os.stat(self._path)
+            is_same = os.path.samestat(os.stat(self._path), os.fstat(self._fd))
         except FileNotFoundError:
             raise self._lost("its lock file is gone") from None
-        if (found.st_dev, found.st_ino) != self._inode:
+        if not is_same:
             raise self._lost("its lock file was replaced")
-        owner = read_owner(self._path)
-        if owner is None or owner.generation != self.generation:
-            raise self._lost(f"it was superseded by generation {owner.generation if owner else 'unknown'}")
+        with self._record_lock:
+            owner = read_owner(self._path)
+        if owner is None:
+            raise self._lost("the record in its lock file was damaged")
+        if owner.generation != generation:
+            raise self._lost(f"it was superseded by generation {owner.generation}")
 
     def release(self) -> None:
         """Let go in good order; a second call does nothing."""
         if self._owner is None:
             return
-        self._owner = replace(self._owner, released=True)
         with contextlib.suppress(OSError):  # on a vanished directory there is nothing left to tell
-            self._write_record()
+            self._write_record(replace(self._owner, released=True))
         self._let_go()
-        self._owner = None
 
     def _take(self) -> None:
-        self._path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            self._flock.acquire(timeout=0)
-        except Timeout:
-            raise self._refusal() from None
-        self._fd = os.open(self._path, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC)
-        status = os.fstat(self._fd)
-        self._inode = (status.st_dev, status.st_ino)
+        assert self._fd < 0, "this object holds the lock already"
+        make_directories(self._files, self._path.parent)
+        flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+        self._fd = os.open(self._path, flags, 0o666)
         _held.add(self)
+        try:
+            self._lock_unless_held()
+            # Invariant: the flock is on the file that has the name. Opened before, looked at after.
+            if not os.path.samestat(os.stat(self._path), os.fstat(self._fd)):
+                raise self._refusal(None)
+        except BaseException:
+            self._let_go()
+            raise
+
+    def _lock_unless_held(self) -> None:
+        """Take the flock; a holder that lives is not waited for.
+
+        One whose record says that it has gone, or that has none yet, is given an instant: it has just
+        won the race and is about to sign, or only notes how the run before this one ended.
+        """
+        deadline = time.monotonic() + _SETTLING_SECONDS
+        while True:
+            try:
+                self._flock.acquire(timeout=0)
+                return
+            except Timeout:
+                owner = read_owner(self._path)
+                is_living = owner is not None and is_alive(owner) is not False
+                if is_living or time.monotonic() > deadline:
+                    raise self._refusal(owner if is_living else None) from None
+            except OSError as error:
+                if error.errno in _NO_LOCKS:
+                    raise self._lockless(error) from error
+                raise
+            time.sleep(0.01)
 
     def _let_go(self) -> None:
         _held.discard(self)
-        if self._fd >= 0:
-            os.close(self._fd)
-            self._fd = -1
+        self._owner = None
+        fd, self._fd = self._fd, -1
+        if fd >= 0:
+            os.close(fd)
         self._flock.release(force=True)
 
-    def _write_record(self) -> None:
-        line = json.dumps(asdict(self.owner)).encode()
-        os.pwrite(self._fd, line.ljust(_RECORD_BYTES - 1) + b"\n", 0)
+    def _write_record(self, owner: Owner) -> None:
+        """Write the record in place; what it says is what `owner` says from then on."""
+        line = json.dumps(asdict(owner)).encode()
+        assert len(line) < _RECORD_BYTES
+        with self._record_lock:
+            if os.pwrite(self._fd, line.ljust(_RECORD_BYTES - 1) + b"\n", 0) != _RECORD_BYTES:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self._path))
+            if self._owner is not None:
+                self._owner = owner
 
-    def _refusal(self) -> RunHeldError:
-        owner = _owner_once_written(self._path)
+    def _lockless(self, error: OSError) -> SettingsError:
+        return SettingsError(
+            f"run {self._path.parent} cannot be locked: its file system has no flock ({error.strerror})",
+            path=self._path,
+            hint="mount it with locks (Lustre: -o flock; NFS: not nolock), or put the run on another disk",
+        )
+
+    def _refusal(self, owner: Owner | None) -> RunHeldError:
         who = str(owner) if owner else "another process that has not said yet who it is"
         return RunHeldError(
             f"run {self._path.parent} is held by {who}",
@@ -211,22 +272,11 @@ class RunLock:
         )
 
     def _close_in_child(self) -> None:
-        """Close the inherited descriptors; the parent's lock is untouched, as nothing is unlocked."""
-        flock_fd = getattr(getattr(self._flock, "_context", None), "lock_file_fd", None)
-        for fd in (self._fd, flock_fd):
-            # filelock closes its own from 4.0 on; by then the number may belong to another file.
-            if fd is not None and fd >= 0 and _is_file(fd, self._inode):
-                os.close(fd)
+        """Close our inherited descriptor; filelock closes its own, and neither unlocks anything."""
+        if self._fd >= 0:
+            os.close(self._fd)
         self._fd = -1
         self._owner = None
-
-
-def _is_file(fd: int, inode: tuple[int, int] | None) -> bool:
-    try:
-        status = os.fstat(fd)
-    except OSError:
-        return False
-    return (status.st_dev, status.st_ino) == inode
 
 
 def _close_all_in_child() -> None:
@@ -241,13 +291,26 @@ os.register_at_fork(after_in_child=_close_all_in_child)
 def read_owner(path: Path) -> Owner | None:
     """The record in a lock file; None if there is none (yet). Takes no lock and waits for nobody."""
     try:
-        with open(path, "rb") as file:
-            fields = json.loads(file.read(_RECORD_BYTES))
-    except FileNotFoundError:
+        fd = open_regular(path)
+    except (FileNotFoundError, ValueError):
         return None
-    except ValueError:  # torn or foreign: people learn nothing from it, and the manifests know the generation
+    try:
+        return _owner_from(json.loads(_stable_record(fd)))
+    except (ValueError, RecursionError):  # torn or foreign: nothing is learnt, and the manifests know the generation
         return None
-    return _owner_from(fields)
+    finally:
+        os.close(fd)
+
+
+def _stable_record(fd: int) -> bytes:
+    """The record, read until two reads agree: one beside a write may see a mix of two (1 in 100 under load)."""
+    record = os.pread(fd, _RECORD_BYTES, 0)
+    for _ in range(_MAX_READS):
+        again = os.pread(fd, _RECORD_BYTES, 0)
+        if again == record:
+            break
+        record = again
+    return record
 
 
 def _owner_from(fields: Any) -> Owner | None:
@@ -255,17 +318,8 @@ def _owner_from(fields: Any) -> Owner | None:
         owner = Owner(**fields)
     except TypeError:
         return None
-    return owner if isinstance(owner.generation, int) and isinstance(owner.pid, int) else None
-
-
-def _owner_once_written(path: Path) -> Owner | None:
-    """The holder's record; the winner of a race may need an instant to write it."""
-    deadline = time.monotonic() + _RECORD_WAIT_SECONDS
-    while True:
-        owner = read_owner(path)
-        if (owner is not None and is_alive(owner) is not False) or time.monotonic() > deadline:
-            return owner
-        time.sleep(0.01)
+    # A pid below 1 means a group of processes, or all of them, to those who send signals to the owner.
+    return owner if isinstance(owner.generation, int) and isinstance(owner.pid, int) and owner.pid > 0 else None
 
 
 def is_alive(owner: Owner) -> bool | None:
@@ -299,6 +353,14 @@ def _myself(generation: int, command: str) -> Owner:
         generation=generation,
         command=command,
     )
+
+
+def _shortened(command: str) -> str:
+    """As much of a command as the record holds, measured as JSON: one character takes up to twelve bytes."""
+    command = command[:_MAX_COMMAND_BYTES]
+    while len(json.dumps(command)) > _MAX_COMMAND_BYTES:
+        command = command[: len(command) * 3 // 4]
+    return command
 
 
 def _boot_id() -> str:
