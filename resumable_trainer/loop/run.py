@@ -560,6 +560,8 @@ class Run:
         assert self._report is not None
         report, self._report = self._report, None
         self._manager.apply(report, strictly=False)
+        # What the body's beginning has logged anew was logged before the snapshot, from the state of then.
+        self._record.load_state_dict(report.sections["loop"]["record"])
 
     def _save(self, *, epoch_complete: bool) -> None:
         leaving = notices.leave is not None or self.outcome is not None
