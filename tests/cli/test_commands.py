@@ -167,3 +167,14 @@ def test_help_needs_nothing_heavy(tmp_path: Path) -> None:
         assert "example" in done.stdout
         for heavy in ("| torch", "| pydantic", "| numpy"):
             assert heavy not in done.stderr
+
+
+def test_of_twenty_starts_at_once_one_trains_and_nineteen_are_refused(tmp_path: Path) -> None:
+    write_script(tmp_path, epochs=8)
+    line = [sys.executable, "-m", "resumable_trainer", "run", "train.py"]
+    variables = {**os.environ, "PAUSE": "0.25"}
+    pipe = subprocess.PIPE
+    starts = [subprocess.Popen(line, cwd=tmp_path, env=variables, stderr=pipe, text=True) for _ in range(20)]
+    ended = [(start.communicate(timeout=100)[1], start.returncode) for start in starts]
+    assert sorted(code for _, code in ended) == [0] + [69] * 19
+    assert all(len(text.splitlines()) == 1 for text, code in ended if code == 69)
