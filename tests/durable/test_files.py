@@ -1,0 +1,323 @@
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from resumable_trainer.durable import files as files_module
+from resumable_trainer.durable.digest import digest_bytes, digest_file
+from resumable_trainer.durable.files import (
+    Files,
+    NewFile,
+    commit_directory,
+    make_directories,
+    move_directory,
+    remove_tree,
+    write_new_file,
+    write_replacing,
+)
+
+
+class Dies(BaseException):
+    """Stands for a kill: nothing after it runs."""
+
+
+class Faulty(Files):
+    """Fails, or dies, at the n-th call of any primitive; counts them all."""
+
+    def __init__(self, at: int, error: BaseException | None) -> None:
+        self.at, self.error, self.calls = at, error, 0
+
+    def _count(self) -> None:
+        self.calls += 1
+        if self.calls == self.at and self.error is not None:
+            raise self.error
+
+
+def _counting(name: str) -> Any:
+    def call(self: Faulty, *args: Any) -> Any:
+        self._count()
+        return getattr(Files, name)(self, *args)
+
+    return call
+
+
+for _name in [
+    "make_directory",
+    "create",
+    "write",
+    "sync",
+    "close",
+    "rename",
+    "replace",
+    "sync_directory",
+    "remove_file",
+    "remove_empty_directory",
+]:
+    setattr(Faulty, _name, _counting(_name))
+
+
+def publish(files: Files, root: Path) -> None:
+    temporary = root / ".tmp-new"
+    files.make_directory(temporary)
+    for name in ("a", "b"):
+        write_new_file(files, temporary / name, name.encode() * 10)
+    commit_directory(files, temporary, root / "new", check=lambda: None)
+
+
+def whole(path: Path) -> bool:
+    return {p.name: p.read_bytes() for p in path.iterdir()} == {"a": b"a" * 10, "b": b"b" * 10}
+
+
+class Killed(Faulty):
+    """Is killed at the n-th call."""
+
+    def _count(self) -> None:
+        self.calls += 1
+        if self.calls == self.at:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
+def publish_killed_everywhere(tmp_path: Path) -> None:
+    """Publish in children killed at the first, second, ... call, until one is not; prints how many were."""
+    status, at = -1, 0
+    while status != 0:
+        at += 1
+        root = tmp_path / str(at)
+        root.mkdir()
+        pid = os.fork()
+        if pid == 0:
+            publish(Killed(at, None), root)
+            os._exit(0)
+        status = os.waitpid(pid, 0)[1]
+        assert status in (0, signal.SIGKILL)
+    print(at - 1)
+
+
+@pytest.mark.parametrize("error", [OSError(errno.EIO, "Input/output error"), Dies()])
+def test_a_commit_is_all_or_nothing_whatever_call_fails(tmp_path: Path, error: BaseException) -> None:
+    counter = Faulty(0, None)
+    (tmp_path / "dry").mkdir()
+    publish(counter, tmp_path / "dry")
+    assert counter.calls >= 12
+    for at in range(1, counter.calls + 1):
+        root = tmp_path / str(at)
+        root.mkdir()
+        with pytest.raises(type(error)):
+            publish(Faulty(at, error), root)
+        assert not (root / "new").exists() or whole(root / "new")
+        for left in root.iterdir():
+            if left.name.startswith("."):
+                remove_tree(Files(), left)
+        if not (root / "new").exists():
+            publish(Files(), root)
+        assert whole(root / "new")
+
+
+def test_every_file_is_synced_before_the_name_and_the_parent_after_it(tmp_path: Path) -> None:
+    calls: list[str] = []
+
+    class Noting(Files):
+        def sync(self, fd: int) -> None:
+            calls.append("sync " + Path(os.readlink(f"/proc/self/fd/{fd}")).name)
+            super().sync(fd)
+
+        def rename(self, source: Path, target: Path) -> None:
+            calls.append(f"rename {target.name}")
+            super().rename(source, target)
+
+        def sync_directory(self, path: Path) -> None:
+            calls.append("directory " + ("temporary" if path.name == ".tmp-new" else "parent"))
+            super().sync_directory(path)
+
+    publish(Noting(), tmp_path)
+    assert calls == ["sync a", "sync b", "directory temporary", "rename new", "directory parent"]
+
+
+def test_a_removal_takes_the_name_away_first(tmp_path: Path) -> None:
+    counter = Faulty(0, None)
+    publish(Files(), tmp_path)
+    remove_tree(counter, tmp_path / "new")
+    for at in range(1, counter.calls + 1):
+        root = tmp_path / str(at)
+        root.mkdir()
+        publish(Files(), root)
+        with pytest.raises(Dies):
+            remove_tree(Faulty(at, Dies()), root / "new")
+        assert not (root / "new").exists() or whole(root / "new")
+
+
+def test_short_writes_are_continued(tmp_path: Path) -> None:
+    class Short(Files):
+        def write(self, fd: int, data: Any) -> int:
+            return super().write(fd, memoryview(data)[:3])
+
+    with NewFile(tmp_path / "f", files=Short()) as file:
+        file.write(b"0123456789")
+    assert (tmp_path / "f").read_bytes() == b"0123456789"
+    assert file.digest == digest_file(tmp_path / "f")
+    assert file.digest.digest == digest_bytes(b"0123456789")
+
+
+def test_a_taken_name_is_never_written_over(tmp_path: Path) -> None:
+    publish(Files(), tmp_path)
+    with pytest.raises(FileExistsError):
+        publish(Files(), tmp_path)
+    assert whole(tmp_path / "new")
+    write_replacing(Files(), tmp_path / "r", b"1")
+    write_replacing(Files(), tmp_path / "r", b"2")
+    assert (tmp_path / "r").read_bytes() == b"2"
+
+
+def test_a_commit_is_all_or_nothing_wherever_the_process_is_killed(tmp_path: Path) -> None:
+    """The same with a real SIGKILL: no exception handler gets to tidy up."""
+    code = "import pathlib, sys, test_files; test_files.publish_killed_everywhere(pathlib.Path(sys.argv[1]))"
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent)}
+    done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], check=True, env=environment, capture_output=True)
+    assert int(done.stdout) >= 12
+    roots = list(tmp_path.iterdir())
+    assert len(roots) == int(done.stdout) + 1
+    published = [root for root in roots if (root / "new").exists()]
+    assert all(whole(root / "new") for root in published)
+    assert 1 < len(published) < len(roots)  # some were killed after the rename, some before
+
+
+def test_nothing_is_published_once_the_right_to_is_lost(tmp_path: Path) -> None:
+    def lost() -> None:
+        raise BlockingIOError("superseded")
+
+    (tmp_path / ".tmp-new").mkdir()
+    with pytest.raises(BlockingIOError):
+        commit_directory(Files(), tmp_path / ".tmp-new", tmp_path / "new", check=lost)
+    assert [path.name for path in tmp_path.iterdir()] == [".tmp-new"]
+
+
+def test_a_commit_never_lands_on_an_empty_directory_either(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Plain rename would replace it; so would the fallback where there is no renameat2, if it did not look."""
+    for name in ("with", "without"):
+        root = tmp_path / name
+        (root / "new").mkdir(parents=True)
+        with pytest.raises(FileExistsError):
+            publish(Files(), root)
+        assert not any((root / "new").iterdir())
+        monkeypatch.setattr(files_module, "_RENAMEAT2", None)
+    publish(Files(), tmp_path)
+    assert whole(tmp_path / "new")
+
+
+def test_a_dangling_link_is_a_taken_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(files_module, "_RENAMEAT2", None)
+    (tmp_path / "new").symlink_to("nowhere")
+    with pytest.raises(FileExistsError):
+        publish(Files(), tmp_path)
+    with pytest.raises(FileExistsError):
+        write_new_file(Files(), tmp_path / "new", b"")
+
+
+@pytest.mark.parametrize("error", [OSError(errno.EIO, "Input/output error"), Dies()])
+def test_a_replacement_is_all_or_nothing_whatever_call_fails(tmp_path: Path, error: BaseException) -> None:
+    path = tmp_path / "run.json"
+    counter = Faulty(0, None)
+    write_replacing(counter, path, b"old")
+    assert counter.calls == 6
+    for at in range(1, counter.calls + 1):
+        write_replacing(Files(), path, b"old")
+        with pytest.raises(type(error)):
+            write_replacing(Faulty(at, error), path, b"new!")
+        assert path.read_bytes() in (b"old", b"new!")
+
+
+def test_a_move_is_never_neither_here_nor_there(tmp_path: Path) -> None:
+    (tmp_path / "aside").mkdir()
+    publish(Files(), tmp_path)
+    counter = Faulty(0, None)
+    move_directory(counter, tmp_path / "new", tmp_path / "aside" / "new")
+    assert counter.calls == 3
+    for at in range(1, counter.calls + 1):
+        move_directory(Files(), tmp_path / "aside" / "new", tmp_path / "new")
+        with pytest.raises(Dies):
+            move_directory(Faulty(at, Dies()), tmp_path / "new", tmp_path / "aside" / "new")
+        found = [path for path in (tmp_path / "new", tmp_path / "aside" / "new") if path.exists()]
+        assert len(found) == 1
+        assert whole(found[0])
+        if found == [tmp_path / "new"]:
+            move_directory(Files(), tmp_path / "new", tmp_path / "aside" / "new")
+
+
+def test_a_removal_follows_no_link(tmp_path: Path) -> None:
+    (tmp_path / "precious").mkdir()
+    (tmp_path / "precious" / "file").write_bytes(b"x")
+    (tmp_path / "old").mkdir()
+    (tmp_path / "old" / "link").symlink_to(tmp_path / "precious")
+    os.mkfifo(tmp_path / "old" / "fifo")
+    remove_tree(Files(), tmp_path / "old")
+    assert [path.name for path in tmp_path.iterdir()] == ["precious"]
+    assert (tmp_path / "precious" / "file").exists()
+
+
+def test_every_directory_made_on_the_way_is_durable_before_the_next(tmp_path: Path) -> None:
+    calls: list[str] = []
+
+    class Noting(Files):
+        def make_directory(self, path: Path) -> None:
+            calls.append(f"make {path.name}")
+            super().make_directory(path)
+
+        def sync_directory(self, path: Path) -> None:
+            calls.append(f"sync {path.name}")
+            super().sync_directory(path)
+
+    make_directories(Noting(), tmp_path / "runs" / "pima")
+    assert calls == ["make runs", f"sync {tmp_path.name}", "make pima", "sync runs"]
+    make_directories(Noting(), tmp_path / "runs" / "pima")
+    assert len(calls) == 4
+
+
+def test_a_directory_cannot_be_made_below_a_file(tmp_path: Path) -> None:
+    (tmp_path / "file").write_bytes(b"")
+    with pytest.raises(NotADirectoryError):
+        make_directories(Files(), tmp_path / "file" / "run")
+
+
+@pytest.mark.parametrize("shape", [(0,), (0, 3), (2, 3), ()])
+def test_arrays_of_any_shape_are_written_as_their_bytes(tmp_path: Path, shape: tuple[int, ...]) -> None:
+    array = np.arange(np.prod(shape, dtype=int), dtype="<f4").reshape(shape)
+    with NewFile(tmp_path / "f", files=Files()) as file:
+        file.write(array)
+    assert (tmp_path / "f").read_bytes() == array.tobytes()
+    assert file.digest.num_bytes == array.nbytes
+
+
+def test_permissions_follow_the_umask(tmp_path: Path) -> None:
+    before = os.umask(0o027)
+    try:
+        publish(Files(), tmp_path)
+    finally:
+        os.umask(before)
+    assert (tmp_path / "new").stat().st_mode & 0o777 == 0o750
+    assert (tmp_path / "new" / "a").stat().st_mode & 0o777 == 0o640
+
+
+class ClosesWell(Faulty):
+    """A close that fails before it closes would leak by the fake's doing, not by ours."""
+
+    def close(self, fd: int) -> None:
+        Files.close(self, fd)
+
+
+def test_no_descriptor_is_left_open_whatever_call_fails(tmp_path: Path) -> None:
+    before = len(os.listdir("/proc/self/fd"))
+    for at in range(1, 15):
+        root = tmp_path / str(at)
+        root.mkdir()
+        with contextlib.suppress(OSError):
+            publish(ClosesWell(at, OSError(errno.EIO, "Input/output error")), root)
+    assert len(os.listdir("/proc/self/fd")) == before

@@ -1,0 +1,379 @@
+from __future__ import annotations
+
+import errno
+import math
+import os
+import threading
+from typing import TYPE_CHECKING, Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from resumable_trainer.durable import journal as journal_module
+from resumable_trainer.durable.digest import digest_bytes
+from resumable_trainer.durable.files import Files
+from resumable_trainer.durable.journal import Journal, Mark, read_rows
+from resumable_trainer.errors import SnapshotWriteError
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+
+class Dies(BaseException):
+    """Stands for a kill or a second Ctrl-C."""
+
+
+def test_a_torn_last_line_is_cut_and_rows_come_back(tmp_path: Path) -> None:
+    path = tmp_path / "j"
+    journal = Journal.open(path)
+    journal.append({"a": 1, "b": float("nan")})
+    journal.append({"a": 2})
+    journal.close()
+    path.write_bytes(path.read_bytes() + b'{"a": 3')
+    journal = Journal.open(path)
+    assert journal.mark().rows == 2
+    journal.append({"a": 4})
+    journal.close()
+    assert [row["a"] for row in read_rows(path)] == [1, 2, 4]
+    assert path.read_text().splitlines()[0] == '{"a":1,"b":"NaN"}'
+
+
+def test_rewind_cuts_to_the_mark_and_refuses_other_bytes(tmp_path: Path) -> None:
+    path = tmp_path / "j"
+    journal = Journal.open(path)
+    journal.append({"a": 1})
+    mark = journal.mark()
+    before = path.read_bytes()
+    journal.append({"a": 2})
+    assert journal.rewind(mark)
+    assert path.read_bytes() == before
+    journal.append({"a": 3})
+    later = journal.mark()
+    assert not journal.rewind(Mark(mark.num_bytes, "0" * 32, 1))
+    assert not journal.rewind(Mark(later.num_bytes + 1, later.digest, 3))
+    assert journal.mark() == later
+    journal.close()
+
+
+def test_a_failed_sync_is_never_tried_again(tmp_path: Path) -> None:
+    class Once(Files):
+        failed = 0
+
+        def sync(self, fd: int) -> None:
+            self.failed += 1
+            if self.failed == 1:
+                raise OSError(errno.EIO, "Input/output error")
+
+    files = Once()
+    journal = Journal.open(tmp_path / "j", files=files)
+    journal.append({"a": 1})
+    with pytest.raises(SnapshotWriteError):
+        journal.sync()
+    with pytest.raises(SnapshotWriteError):
+        journal.sync()
+    assert files.failed == 1
+
+
+def test_a_damaged_line_in_the_middle_is_named(tmp_path: Path) -> None:
+    (tmp_path / "j").write_bytes(b'{"a":1}\nxx\n{"a":2}\n')
+    with pytest.raises(ValueError, match="j line 2 is damaged"):
+        list(read_rows(tmp_path / "j"))
+
+
+def test_a_line_cut_at_any_byte_costs_that_row_alone(tmp_path: Path) -> None:
+    path = tmp_path / "j"
+    journal = Journal.open(path)
+    for number in range(3):
+        journal.append({"row": number, "text": "\u00e9\n\u2028"})
+    journal.close()
+    content = path.read_bytes()
+    ends = [0, *(place + 1 for place, byte in enumerate(content) if byte == ord("\n"))]
+    for size in range(len(content) + 1):
+        path.write_bytes(content[:size])
+        num_rows = sum(end <= size for end in ends) - 1
+        assert len(list(read_rows(path))) == num_rows
+        journal = Journal.open(path)
+        assert journal.mark() == Mark(ends[num_rows], digest_bytes(content[: ends[num_rows]]), num_rows)
+        journal.close()
+        assert path.read_bytes() == content[: ends[num_rows]]
+
+
+def test_a_torn_tail_longer_than_a_chunk_is_cut(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(journal_module, "_CHUNK_BYTES", 4)
+    path = tmp_path / "j"
+    for start in (b"", b'{"a":1}\n', b'{"a":1}\n{"a":22}\n'):
+        path.write_bytes(start + bytes(1000))
+        journal = Journal.open(path)
+        assert journal.mark() == Mark(len(start), digest_bytes(start), start.count(b"\n"))
+        journal.close()
+        assert path.read_bytes() == start
+
+
+def test_a_mark_says_the_same_before_and_after_a_reopening(tmp_path: Path) -> None:
+    path = tmp_path / "j"
+    journal = Journal.open(path)
+    assert journal.mark() == Mark(0, digest_bytes(b""), 0)
+    for number in range(20):
+        journal.append({"a": number})
+        mark = journal.mark()
+        assert mark == Mark(path.stat().st_size, digest_bytes(path.read_bytes()), number + 1)
+        if number % 5 == 0:
+            journal.close()
+            journal = Journal.open(path)
+            assert journal.mark() == mark
+    journal.close()
+
+
+def test_a_run_that_goes_on_from_a_mark_writes_the_same_bytes(tmp_path: Path) -> None:
+    def rows(journal: Journal, numbers: range) -> None:
+        for number in numbers:
+            journal.append({"a": number})
+
+    whole = Journal.open(tmp_path / "whole")
+    rows(whole, range(10))
+    end = whole.mark()
+    whole.close()
+    cut = Journal.open(tmp_path / "cut")
+    rows(cut, range(4))
+    mark = cut.mark()
+    rows(cut, range(4, 7))
+    cut.close()
+    cut = Journal.open(tmp_path / "cut")
+    assert cut.rewind(mark)
+    rows(cut, range(4, 10))
+    assert cut.mark() == end
+    cut.close()
+    assert (tmp_path / "cut").read_bytes() == (tmp_path / "whole").read_bytes()
+
+
+def test_rewind_touches_nothing_of_a_journal_damaged_before_the_mark(tmp_path: Path) -> None:
+    path = tmp_path / "j"
+    journal = Journal.open(path)
+    journal.append({"a": 1})
+    journal.append({"a": 2})
+    mark = journal.mark()
+    journal.append({"a": 3})
+    journal.close()
+    good = path.read_bytes()
+    for bit in range(mark.num_bytes * 8):
+        bad = bytearray(good)
+        bad[bit // 8] ^= 1 << bit % 8
+        path.write_bytes(bad)
+        journal = Journal.open(path)
+        assert not journal.rewind(mark)
+        journal.close()
+        assert path.read_bytes() == bytes(bad)
+
+
+def test_rewind_asks_the_file_and_not_what_it_remembers(tmp_path: Path) -> None:
+    journal = Journal.open(tmp_path / "j")
+    journal.append({"a": 1})
+    mark = journal.mark()
+    (tmp_path / "j").write_bytes(b'{"a":9}\n')
+    assert not journal.rewind(mark)
+    journal.close()
+
+
+def test_rows_are_not_seen_before_they_are_flushed_nor_lost_when_the_buffer_is_full(tmp_path: Path) -> None:
+    journal = Journal.open(tmp_path / "j")
+    journal.append({"a": 1})
+    assert list(read_rows(tmp_path / "j")) == []
+    journal.flush()
+    assert list(read_rows(tmp_path / "j")) == [{"a": 1}]
+    journal.append({"a": "x" * 70_000})
+    assert len(list(read_rows(tmp_path / "j"))) == 2
+    journal.close()
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(), inner, max_size=3),
+    max_leaves=8,
+)
+
+
+@given(rows=st.lists(st.dictionaries(st.text(st.characters()), JSON, max_size=4), max_size=4))
+def test_whatever_is_json_comes_back_exactly(tmp_path_factory: pytest.TempPathFactory, rows: Any) -> None:
+    path = tmp_path_factory.mktemp("journal") / "j"
+    journal = Journal.open(path)
+    for row in rows:
+        journal.append(row)
+    journal.close()
+    assert list(read_rows(path)) == rows
+
+
+def test_an_argument_that_is_not_utf8_is_a_value_like_any_other(tmp_path: Path) -> None:
+    odd = os.fsdecode(b"caf\xe9")
+    journal = Journal.open(tmp_path / "j")
+    journal.append({"args": [odd, math.inf]})
+    journal.append({"args": ["caf\u00e9"]})
+    journal.close()
+    assert [row["args"] for row in read_rows(tmp_path / "j")] == [[odd, "Infinity"], ["caf\u00e9"]]
+
+
+def test_floats_that_json_does_not_know_are_words_at_any_depth(tmp_path: Path) -> None:
+    journal = Journal.open(tmp_path / "j")
+    journal.append({"a": math.inf, "b": [-math.inf, {"c": math.nan}], "d": (1.5,)})
+    journal.close()
+    assert list(read_rows(tmp_path / "j")) == [{"a": "Infinity", "b": ["-Infinity", {"c": "NaN"}], "d": [1.5]}]
+
+
+@pytest.mark.parametrize("line", [b'{"a":NaN}', b'{"a":-Infinity}', b"[" * 100_000, b"\xff{}", b"[]", bytes(9), b""])
+def test_a_line_that_is_no_strict_json_object_is_damage(tmp_path: Path, line: bytes) -> None:
+    (tmp_path / "j").write_bytes(b"{}\n" + line + b"\n{}\n")
+    rows = read_rows(tmp_path / "j")
+    assert next(rows) == {}
+    with pytest.raises(ValueError, match="j line 2 is damaged"):
+        next(rows)
+
+
+class FaultyOnce(Files):
+    """Fails at the first call of one primitive, once it is armed; everything works again after it, as disks do."""
+
+    def __init__(self, name: str, error: BaseException) -> None:
+        self.armed = False
+        for primitive in ("write", "sync", "truncate"):
+            setattr(self, primitive, self._failing(primitive, error if primitive == name else None))
+
+    def _failing(self, name: str, error: BaseException | None) -> Any:
+        def call(*args: Any) -> Any:
+            if self.armed and error is not None:
+                self.armed = False
+                if name == "write":  # half a row gets out, as on a disk that fills up
+                    Files.write(self, args[0], bytes(args[1])[:3])
+                raise error
+            return getattr(Files, name)(self, *args)
+
+        return call
+
+
+FULL = OSError(errno.ENOSPC, "No space left on device")
+
+
+@pytest.mark.parametrize("error", [FULL, Dies()])
+@pytest.mark.parametrize("call", ["write", "sync"])
+def test_after_an_error_nothing_is_believed_of_the_file_until_it_is_opened_anew(
+    tmp_path: Path, call: str, error: BaseException
+) -> None:
+    path = tmp_path / "j"
+    files = FaultyOnce(call, error)
+    journal = Journal.open(path, files=files)
+    journal.append({"a": 1})
+    journal.sync()
+    mark = journal.mark()
+    journal.append({"a": 2})
+    files.armed = True
+    with pytest.raises(Dies if isinstance(error, Dies) else SnapshotWriteError):
+        journal.sync()
+    for use in (journal.sync, journal.flush, journal.mark, lambda: journal.rewind(mark), journal.close):
+        with pytest.raises(SnapshotWriteError, match="could not be written"):
+            use()
+    journal.close()  # closed in spite of the error; a second call does nothing
+    journal = Journal.open(path)
+    assert journal.rewind(mark)
+    journal.append({"a": 3})
+    journal.close()
+    assert [row["a"] for row in read_rows(path)] == [1, 3]
+
+
+@pytest.mark.parametrize("call", ["truncate", "sync"])
+def test_a_rewind_that_fails_poisons_the_journal_and_the_next_start_does_it(tmp_path: Path, call: str) -> None:
+    files = FaultyOnce(call, OSError(errno.EIO, "Input/output error"))
+    journal = Journal.open(tmp_path / "j", files=files)
+    mark = journal.mark()
+    journal.append({"a": 1})
+    journal.flush()
+    files.armed = True
+    with pytest.raises(SnapshotWriteError):
+        journal.rewind(mark)
+    with pytest.raises(SnapshotWriteError):
+        journal.sync()
+    with pytest.raises(SnapshotWriteError):
+        journal.close()
+    journal = Journal.open(tmp_path / "j")
+    assert journal.rewind(mark)
+    assert journal.mark() == mark
+    journal.close()
+
+
+def test_of_two_syncs_at_once_none_succeeds_when_one_has_failed(tmp_path: Path) -> None:
+    """The kernel tells of lost bytes once: a sync that runs beside the failing one would come back clean."""
+    inside, may_fail = threading.Event(), threading.Event()
+
+    class TellsOnce(Files):
+        num_syncs = 0
+
+        def sync(self, fd: int) -> None:
+            self.num_syncs += 1
+            if self.num_syncs == 1:
+                inside.set()
+                assert may_fail.wait(10)
+                raise OSError(errno.EIO, "Input/output error")
+
+    files = TellsOnce()
+    journal = Journal.open(tmp_path / "j", files=files)
+    journal.append({"a": 1})
+    outcomes: list[str] = []
+
+    def sync() -> None:
+        try:
+            journal.sync()
+            outcomes.append("durable")
+        except SnapshotWriteError:
+            outcomes.append("error")
+
+    first, second = threading.Thread(target=sync), threading.Thread(target=sync)
+    first.start()
+    assert inside.wait(10)
+    second.start()
+    second.join(0.05)  # long enough to get past the first check, were there no queue
+    journal.append({"a": 2})  # and training goes on meanwhile
+    may_fail.set()
+    first.join()
+    second.join()
+    assert outcomes == ["error", "error"]
+    assert files.num_syncs == 1
+    with pytest.raises(SnapshotWriteError):
+        journal.close()
+
+
+def test_rows_of_one_thread_keep_their_order_while_another_syncs(tmp_path: Path) -> None:
+    journal = Journal.open(tmp_path / "j")
+    done = threading.Event()
+
+    def sync() -> None:
+        while not done.is_set():
+            journal.sync()
+
+    thread = threading.Thread(target=sync)
+    thread.start()
+    for number in range(2000):
+        journal.append({"a": number})
+    done.set()
+    thread.join()
+    mark = journal.mark()
+    journal.close()
+    assert [row["a"] for row in read_rows(tmp_path / "j")] == list(range(2000))
+    assert mark.digest == digest_bytes((tmp_path / "j").read_bytes())
+
+
+def test_the_name_of_a_journal_is_durable_also_if_its_maker_was_killed_before(tmp_path: Path) -> None:
+    synced: list[Path] = []
+
+    class Noting(Files):
+        def sync_directory(self, path: Path) -> None:
+            synced.append(path)
+            super().sync_directory(path)
+
+    (tmp_path / "j").write_bytes(b"")
+    Journal.open(tmp_path / "j", files=Noting()).close()
+    assert synced == [tmp_path]
+
+
+def test_a_journal_is_not_written_through_a_link(tmp_path: Path) -> None:
+    (tmp_path / "precious").write_bytes(b"no newline")
+    (tmp_path / "j").symlink_to(tmp_path / "precious")
+    with pytest.raises(OSError, match=os.strerror(errno.ELOOP)):
+        Journal.open(tmp_path / "j")
+    assert (tmp_path / "precious").read_bytes() == b"no newline"
