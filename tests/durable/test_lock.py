@@ -267,6 +267,25 @@ def test_who_looks_beside_a_write_sees_a_whole_record(tmp_path: Path) -> None:
         process.communicate()
 
 
+def test_a_mix_of_two_records_is_never_believed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the kernel showed in the race above, played back: it is too rare to rely on."""
+    lock = RunLock(tmp_path / "run.lock")
+    lock.acquire()
+    lock.note_step(9)
+    old = (tmp_path / "run.lock").read_bytes()
+    lock.note_step(1000)
+    new = (tmp_path / "run.lock").read_bytes()
+    lock.release()
+    cut = old.index(b"9,") + 1
+    mixes = [new[:cut] + old[cut:], new[: cut + 1] + old[cut + 1 :]]  # step 1, and no JSON at all
+    reads = [old, *mixes, new, new]
+    monkeypatch.setattr(os, "pread", lambda *_: reads.pop(0))
+    found = read_owner(tmp_path / "run.lock")
+    assert found is not None
+    assert found.step == 1000
+    assert not reads
+
+
 def test_check_holds_while_another_thread_notes_steps(tmp_path: Path) -> None:
     lock = RunLock(tmp_path / "run.lock")
     lock.acquire()
