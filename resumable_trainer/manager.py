@@ -19,7 +19,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Self
 
-from resumable_trainer.durable.files import Files, remove_tree
+from resumable_trainer.durable.files import Files, make_directories, remove_tree
 from resumable_trainer.durable.journal import Journal, Mark
 from resumable_trainer.durable.lock import RunLock
 from resumable_trainer.errors import (
@@ -157,7 +157,7 @@ class StateManager:
         Raises:
             RunHeldError: Another process holds the run.
         """
-        self.directory.mkdir(parents=True, exist_ok=True)
+        make_directories(self.files, self.directory)
         if self._lock is None:
             self._lock = RunLock(self.directory / RUN_LOCK)
             self._lock.acquire(known_generation=self._newest_generation(), command=self._command)
@@ -179,12 +179,14 @@ class StateManager:
         try:
             self.wait()
         finally:
-            if self._events is not None:
-                self._events.close()
+            try:
+                if self._events is not None:
+                    self._events.close()
+            finally:
                 self._events = None
-            if self._lock is not None:
-                self._lock.release()
-                self._lock = None
+                if self._lock is not None:
+                    self._lock.release()
+                    self._lock = None
 
     def __enter__(self) -> Self:
         return self.open()
