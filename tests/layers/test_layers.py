@@ -30,6 +30,7 @@ TORCH_FREE = [
     "errors",
     "durable.files",
     "durable.digest",
+    "durable.filesystem",
     "durable.journal",
     "durable.lock",
     "snapshot.layout",
