@@ -1,8 +1,9 @@
 """Journals: append-only files of rows, one JSON object a line.
 
-Policy: rows are buffered, written in large pieces, and synced when a snapshot counts them. A torn
-last line (a kill in the middle of a write) is cut when the journal is opened. `rewind` cuts it back
-to a mark that a snapshot holds, after checking that the bytes before it are the ones it counted.
+Policy: rows are buffered, written in large pieces, and synced when a snapshot counts them. What the
+disk refuses stays in memory until it takes it. A torn last line (a kill in the middle of a write) is
+cut when the journal is opened. `rewind` cuts it back to a mark that a snapshot holds, after checking
+that the bytes before it are the ones it counted.
 
 Cost: appending is encoding the row; the digest runs along, so a mark costs nothing however long the
 journal is. Opening reads the file once.
@@ -14,15 +15,17 @@ JSON knows no NaN and no infinities: such floats are written as the strings "NaN
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import math
 import os
+import secrets
 import threading
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from resumable_trainer.durable.digest import Digest, FileDigest, open_regular
-from resumable_trainer.durable.files import Files
+from resumable_trainer.durable.files import TEMPORARY_PREFIX, Files, NewFile
 from resumable_trainer.errors import SnapshotWriteError
 
 if TYPE_CHECKING:
@@ -53,9 +56,11 @@ class Mark:
 class Journal:
     """One append-only file of rows, with one writer (the holder of the run's lock).
 
-    `append` belongs to one thread; `sync` may be called from another. An error while writing, syncing
-    or cutting *poisons* the journal: what of it is on disk is unknown, so every later call that would
-    write or sync raises, until the file is opened and rewound anew.
+    `append` belongs to one thread; `sync` may be called from another. A disk that fails loses no rows
+    of a living process: `append`, `flush` and `mark` go on in memory, `sync` raises, and the next one
+    tries again. After a failed write the torn piece is cut off first; after a failed sync the whole
+    journal is written to a new file, since a second sync of the old one may report success for bytes
+    that were lost.
     """
 
     def __init__(self, path: Path, fd: int, files: Files) -> None:
@@ -67,9 +72,12 @@ class Journal:
         self._sync_lock = threading.Lock()
         self._buffer: list[bytes] = []
         self._buffered_bytes = 0
+        self._unwritten = b""  # counted in digest and rows, not handed to the operating system yet
         self._digest = Digest()
         self._rows = 0
-        self._failed: str | None = None
+        self._is_torn = False  # a write began and is not known to have ended
+        self._is_lost = False  # a sync failed: what the file holds on disk is unknown
+        self._error: OSError | None = None
 
     @classmethod
     def open(cls, path: Path, *, files: Files | None = None) -> Journal:
@@ -92,17 +100,17 @@ class Journal:
             self._buffer.append(line)
             self._buffered_bytes += len(line)
             if self._buffered_bytes >= _BUFFER_BYTES:
-                self._write_buffer()
+                self._hand_over()
 
     def flush(self) -> None:
         """Hand buffered rows to the operating system, for readers to see."""
         with self._lock:
-            self._write_buffer()
+            self._hand_over()
 
     def mark(self) -> Mark:
         """Where the journal stands now, buffered rows included."""
         with self._lock:
-            self._write_buffer()
+            self._hand_over()
             so_far = self._digest.value()
             return Mark(so_far.num_bytes, so_far.digest, self._rows)
 
@@ -110,16 +118,18 @@ class Journal:
         """Make every row appended so far durable.
 
         Raises:
-            SnapshotWriteError: It could not, now or at an earlier call: a sync is never retried, as
-                a second one may report success for bytes that were lost.
+            SnapshotWriteError: It could not; the rows are kept, and the next call tries anew.
         """
         # Invariant: one sync at a time. The kernel tells of lost bytes once; a second sync that runs beside
         # the failing one would report success for them.
         with self._sync_lock:
             with self._lock:
-                self._write_buffer()
-            with self._poisoning():
-                self._files.sync(self._fd)
+                self._hand_over()
+                if self._is_lost:
+                    self._renew()
+                elif self._error is not None:
+                    raise self._failure(self._error)
+            self._sync_file()
 
     def rewind(self, mark: Mark) -> bool:
         """Cut the journal back to a mark; False if it does not hold the bytes that the mark counts.
@@ -127,67 +137,112 @@ class Journal:
         In that case nothing is touched.
 
         Raises:
-            SnapshotWriteError: It could not be cut.
+            SnapshotWriteError: It could not be cut; the next start does it.
         """
         with self._sync_lock, self._lock:
-            self._write_buffer()
+            self._hand_over()
+            if self._error is not None:
+                raise self._failure(self._error)
             if self._digest.num_bytes < mark.num_bytes:
                 return False
             if self._digest_of(mark.num_bytes) != FileDigest(mark.num_bytes, mark.digest):
                 return False
             if self._digest.num_bytes > mark.num_bytes:
-                # Crash here: the next start rewinds to the same mark again.
-                with self._poisoning():
-                    self._files.truncate(self._fd, mark.num_bytes)
-                    self._files.sync(self._fd)
+                self._cut(mark.num_bytes)
             self._take_in(limit=mark.num_bytes)
             return True
 
     def close(self) -> None:
-        """Write what is buffered and close; a second call does nothing.
+        """Hand over what is buffered and close; a second call does nothing.
 
-        Raises:
-            SnapshotWriteError: Rows could not be written, now or at an earlier call. It is closed all the same.
+        Never fails: a row is durable when `sync` has returned, and no other was promised.
         """
         with self._sync_lock, self._lock:
             if self._fd < 0:
                 return
-            try:
-                self._write_buffer()
-            finally:
-                fd, self._fd = self._fd, -1
+            self._hand_over()
+            fd, self._fd = self._fd, -1
+            with contextlib.suppress(OSError):
                 self._files.close(fd)
 
-    def _write_buffer(self) -> None:
-        if self._failed is not None:
-            raise self._write_error()
-        if not self._buffer:
+    def _hand_over(self) -> None:
+        """Count the buffered rows, and give the operating system all that it does not have.
+
+        What it does not take is kept; the error is remembered for `sync`.
+        """
+        if self._buffer:
+            self._unwritten += (rows := b"".join(self._buffer))
+            self._digest.update(rows)
+            self._rows += len(self._buffer)
+            self._buffer.clear()
+            self._buffered_bytes = 0
+        if not self._unwritten or self._is_lost:
             return
-        data = b"".join(self._buffer)
-        view = memoryview(data)
-        with self._poisoning():
+        try:
+            if self._is_torn:
+                self._files.truncate(self._fd, self._digest.num_bytes - len(self._unwritten))
+            self._is_torn = True
+            view = memoryview(self._unwritten)
             while view.nbytes:
                 view = view[self._files.write(self._fd, view) :]
-        self._digest.update(data)
-        self._rows += len(self._buffer)
-        self._buffer.clear()
-        self._buffered_bytes = 0
-
-    @contextlib.contextmanager
-    def _poisoning(self) -> Iterator[None]:
-        """After any error in here nothing is believed of this file: half a row may have been written."""
-        try:
-            yield
         except OSError as error:
-            self._failed = f"{self._path} could not be written: {error}"
-            raise self._write_error() from error
-        except BaseException:  # an interrupt between a write and its accounting: the row must not go out twice
-            self._failed = f"{self._path} could not be written: interrupted in the middle"
+            self._error = error
+            return
+        # One assignment: an interrupt before it writes the same bytes again in place of these.
+        self._unwritten = b""
+        self._is_torn, self._error = False, None
+
+    def _sync_file(self) -> None:
+        try:
+            self._files.sync(self._fd)
+        except BaseException as error:
+            self._is_lost = True
+            if isinstance(error, OSError):
+                raise self._failure(error) from error
             raise
 
-    def _write_error(self) -> SnapshotWriteError:
-        hint = "free space or repair the disk, then start it again"
-        return SnapshotWriteError(str(self._failed), path=self._path, hint=hint)
+    def _renew(self) -> None:
+        """Write the journal to a new file, after a sync of the old one has failed.
+
+        The old file's bytes may come from memory alone; the running digest tells whether they are right.
+        """
+        temporary = self._path.with_name(f"{TEMPORARY_PREFIX}{self._path.name}-{secrets.token_hex(4)}")
+        try:
+            with NewFile(temporary, files=self._files) as file:
+                for chunk in _chunks(self._fd, self._digest.num_bytes - len(self._unwritten)):
+                    file.write(chunk)
+                file.write(self._unwritten)
+            if file.digest != self._digest.value():
+                raise OSError(errno.EIO, "rows that were written before are lost", str(self._path))
+            # Crash here: the old file stands, good up to the last mark that a snapshot holds; the new one is swept.
+            self._files.replace(temporary, self._path)
+            old, self._fd = self._fd, self._files.open_append(self._path)
+            self._unwritten, self._is_torn, self._error = b"", False, None
+            with contextlib.suppress(OSError):  # nothing in it is needed any more
+                self._files.close(old)
+            self._files.sync_directory(self._path.parent)
+        except OSError as error:
+            with contextlib.suppress(OSError):
+                self._files.remove_file(temporary)
+            raise self._failure(error) from error
+        self._is_lost = False
+
+    def _cut(self, num_bytes: int) -> None:
+        # Crash here: the next start rewinds to the same mark again.
+        try:
+            self._files.truncate(self._fd, num_bytes)
+        except OSError as error:
+            raise self._failure(error) from error
+        self._sync_file()
+
+    def _failure(self, error: OSError) -> SnapshotWriteError:
+        failure = SnapshotWriteError(
+            f"{self._path} could not be written: {error.strerror or error}",
+            path=self._path,
+            hint="free space or repair the disk, then start it again",
+        )
+        failure.errno = error.errno
+        return failure
 
     def _digest_of(self, num_bytes: int) -> FileDigest:
         digest = Digest()

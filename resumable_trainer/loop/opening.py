@@ -10,7 +10,7 @@ import socket
 from os import getpid
 from typing import TYPE_CHECKING, Any
 
-from resumable_trainer.durable.files import move_directory, write_replacing
+from resumable_trainer.durable.files import make_directories, move_directory, write_replacing
 from resumable_trainer.durable.journal import Mark, read_rows
 from resumable_trainer.errors import DamagedSnapshotError
 from resumable_trainer.loop import identity, launch
@@ -119,7 +119,7 @@ def rewind(manager: StateManager, record: Record, manifest: Manifest) -> list[st
     # The state is whole, the rows are not: the damaged journal is kept aside, its readable rows go on.
     rows = _readable_rows(manager.directory / METRICS, manifest)
     target = _free(manager.directory / QUARANTINE, METRICS)
-    target.parent.mkdir(exist_ok=True)
+    make_directories(manager.files, target.parent)
     move_directory(manager.files, manager.directory / METRICS, target)
     record.reopen()
     for row in rows:

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
     from pathlib import Path
 
+    from resumable_trainer.durable.files import Files
     from resumable_trainer.snapshot.layout import Position
 
 _MAX_PENDING_ROWS = 256
@@ -35,11 +36,13 @@ class Record:
     Args:
         path: The metric journal.
         early_stopping: Settings; None for none.
+        files: Primitive operations.
     """
 
-    def __init__(self, path: Path, early_stopping: EarlyStopping | None) -> None:
+    def __init__(self, path: Path, early_stopping: EarlyStopping | None, *, files: Files) -> None:
         self._path = path
-        self._journal = Journal.open(path)
+        self._files = files
+        self._journal = Journal.open(path, files=files)
         self._settings = early_stopping
         self._pending: list[tuple[Position, int, dict[str, PendingScalar]]] = []
         self._epoch_values: dict[str, PendingScalar] = {}
@@ -145,7 +148,7 @@ class Record:
     def reopen(self) -> None:
         """Take up the journal anew after its file was replaced."""
         self._journal.close()
-        self._journal = Journal.open(self._path)
+        self._journal = Journal.open(self._path, files=self._files)
 
     def append_row(self, row: Mapping[str, Any]) -> None:
         """Put back a row that was read from a damaged journal."""

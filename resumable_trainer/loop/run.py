@@ -148,7 +148,7 @@ class Run:
         launch.process.note_opened(self.directory, self._manager.lock.generation)
         opening.identify(self._manager, self._command, self._seed)
         opening.note_launch(self._manager, self._command)
-        self._record = Record(self.directory / METRICS, self._early_stopping)
+        self._record = Record(self.directory / METRICS, self._early_stopping, files=self._manager.files)
         self._watch = StepWatch(self._state)
         self._manager.watch_gradients(self._watch)
         settings = {name: opening.json_values(scalar_settings(part)) for name, part in self._state.items()}
