@@ -10,27 +10,27 @@ waits. An error there is raised at the next call and at close.
 
 from __future__ import annotations
 
-import contextlib
 import datetime
-import secrets
 import time
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Self
 
-from resumable_trainer.durable.files import Files, make_directories, remove_tree
+from resumable_trainer.durable.files import Files, make_directories
 from resumable_trainer.durable.journal import Journal, Mark
 from resumable_trainer.durable.lock import RunLock
 from resumable_trainer.errors import (
     DamagedSnapshotError,
     NotFoundError,
     ResumableTrainerError,
+    RunHeldError,
     SettingsError,
     SnapshotWriteError,
     StateMismatchError,
     UsageError,
 )
+from resumable_trainer.snapshot.committer import Committer, Hooks
 from resumable_trainer.snapshot.layout import EVENTS, RUN_LOCK, Position, parse_name, snapshot_name
 from resumable_trainer.snapshot.manifest import Best, JournalMark, Manifest, PositionFields
 from resumable_trainer.snapshot.pending import PendingSnapshot
@@ -38,7 +38,6 @@ from resumable_trainer.snapshot.reader import Reader
 from resumable_trainer.snapshot.retention import Kept, to_delete
 from resumable_trainer.snapshot.store import Store
 from resumable_trainer.snapshot.tree import Flat, flatten
-from resumable_trainer.snapshot.writer import write_files
 from resumable_trainer.state import generators, modes, staging
 from resumable_trainer.state.parts import capture_part, check_parts, mismatches, restore_part, unfaithful
 
@@ -62,7 +61,7 @@ class Facts:
         journal: Mark in the metric journal up to which rows belong to this snapshot.
         outcome: Set on the snapshot with which the run ended.
         best: Best value so far, and where.
-        metrics: Values of the newest epoch row.
+        metrics: Values of the newest epoch row; NaN and infinities may be the words of `json_values`.
         settings: Settings of optimizers and schedulers as the script builds them.
         depends_on: What the numbers depend on (drift facts).
         saved_by: Versions.
@@ -73,7 +72,7 @@ class Facts:
     journal: Mark | None = None
     outcome: Outcome | None = None
     best: BestValue | None = None
-    metrics: Mapping[str, float] = field(default_factory=dict)
+    metrics: Mapping[str, float | str] = field(default_factory=dict)
     settings: Mapping[str, Any] = field(default_factory=dict)
     depends_on: Mapping[str, Any] = field(default_factory=dict)
     saved_by: Mapping[str, str] = field(default_factory=dict)
@@ -82,6 +81,12 @@ class Facts:
     def name(self) -> str:
         """Name of the snapshot's directory."""
         return snapshot_name(self.position, epoch_complete=self.epoch_complete)
+
+    @property
+    def value(self) -> float | None:
+        """Value of the early-stopping metric after the epoch; what retention keeps the best by."""
+        value = self.metrics.get(self.best.metric) if self.best is not None and self.epoch_complete else None
+        return None if value is None else float(value)
 
 
 @dataclass(frozen=True)
@@ -140,13 +145,12 @@ class StateManager:
         self.files = files if files is not None else Files()
         self.store = Store(self.directory, files=self.files)
         self.swept: list[str] = []
-        self._retain = retain or partial(to_delete, keep_last=3, keep_best=0, keep_every=None)
+        retain = retain or partial(to_delete, keep_last=3, keep_best=0, keep_every=None)
+        self._committer = Committer(self.store, files=self.files, retain=retain)
         self._lock = lock
         self._command = command
         self._events: Journal | None = None
         self._in_flight: PendingSnapshot | None = None
-        self._parent: Manifest | None = None
-        self._kept: list[Kept] | None = None
         self._watch: modes.StepWatch | None = None
 
     # -- life -------------------------------------------------------------------------------------
@@ -199,7 +203,8 @@ class StateManager:
     @property
     def latest(self) -> str | None:
         """Name of the newest snapshot that this process knows to be durable."""
-        return None if self._parent is None else self._parent.name
+        newest = self._committer.newest
+        return None if newest is None else newest.name
 
     @property
     def lock(self) -> RunLock:
@@ -324,54 +329,46 @@ class StateManager:
 
     def _write_and_commit(self, staged: Flat, facts: Facts, before_commit: Callable[[], None] | None) -> None:
         started = time.monotonic()
-        name = facts.name
-        temporary: Path | None = None
+        retained = Kept(facts.name, facts.position, facts.epoch_complete, facts.value)
+        hooks = Hooks(
+            check=self.lock.check,
+            before_manifest=before_commit or (lambda: None),
+            manifest=partial(self._manifest, facts),
+            note=self.note,
+        )
         try:
-            if self.store.path(name).exists():
-                return  # this very position is durable already
-            temporary = self.store.begin(name, token=f"{self.lock.generation}-{secrets.token_hex(4)}")
-            entries = write_files(self.files, temporary, staged)
-            if before_commit is not None:
-                # Invariant: rows are durable before the manifest whose mark counts them.
-                before_commit()
-            manifest = self._manifest(facts, entries)
-            self.store.write_manifest(temporary, manifest)
-            self.store.commit(temporary, name, check=self.lock.check)
+            num_bytes = self._committer.commit(staged, retained, hooks)
+        except RunHeldError:
+            raise
         except OSError as error:
-            # An attempt that failed is thrown away whole; the next one writes new files.
-            if temporary is not None and temporary.exists():
-                with contextlib.suppress(OSError):
-                    remove_tree(self.files, temporary)
-            if isinstance(error, ResumableTrainerError):
-                raise
-            raise self._write_error(name, error) from error
-        # Crash here: the snapshot is durable; only old ones that retention would delete are still there.
-        seconds = time.monotonic() - started
-        num_bytes = sum(entry.num_bytes for entry in entries.values())
-        self._parent = manifest
-        self.note("committed", snapshot=name, step=facts.position.step, bytes=num_bytes, seconds=round(seconds, 6))
+            raise self._write_error(facts.name, error) from error
+        if num_bytes is None:
+            return
+        seconds = round(time.monotonic() - started, 6)
+        self.note("committed", snapshot=facts.name, step=facts.position.step, bytes=num_bytes, seconds=seconds)
         self.lock.note_step(facts.position.step)
-        self._delete_old(manifest)
+        self._committer.retire(retained, self.note)
 
     def _write_error(self, name: str, error: OSError) -> SnapshotWriteError:
         last = self.latest
+        reason = error.message if isinstance(error, ResumableTrainerError) else str(error)
         return SnapshotWriteError(
-            f"snapshot {name} in {self.directory} was NOT saved: {error}; "
+            f"snapshot {name} in {self.directory} was NOT saved: {reason}; "
             + (f"the last durable one is {last}" if last else "there is no durable one yet"),
             path=self.directory,
             hint="free space or repair the disk, then start the same command again",
         )
 
     def _manifest(self, facts: Facts, entries: Mapping[str, Any]) -> Manifest:
-        best = facts.best
+        best, parent = facts.best, self._committer.newest
         return Manifest(
             run_id=self.run_id,
             generation=self.lock.generation,
             name=facts.name,
             position=PositionFields(**asdict(facts.position)),
             epoch_complete=facts.epoch_complete,
-            parent=self._parent.name if self._parent else None,
-            parent_digest=self._parent.own_digest if self._parent else None,
+            parent=parent.name if parent else None,
+            parent_digest=parent.own_digest if parent else None,
             created=_now(),
             files=dict(entries),
             journal=None if facts.journal is None else JournalMark(**asdict(facts.journal)),
@@ -382,30 +379,6 @@ class StateManager:
             depends_on=dict(facts.depends_on),
             saved_by=dict(facts.saved_by),
         )
-
-    def _delete_old(self, manifest: Manifest) -> None:
-        """Apply retention; only now, when the new snapshot is durable."""
-        kept = self._all_kept()
-        kept.append(_kept(manifest))
-        doomed = set(self._retain(kept)) - {manifest.name}
-        self._kept = [snapshot for snapshot in kept if snapshot.name not in doomed]
-        for name in sorted(doomed):
-            try:
-                self.store.delete(name)
-            except OSError as error:  # the new snapshot is durable: an old one that stays is no reason to stop
-                self.note("not_deleted", snapshot=name, reason=str(error))
-
-    def _all_kept(self) -> list[Kept]:
-        """Facts for retention of every committed snapshot, read from disk once and then kept."""
-        if self._kept is None:
-            self._kept = []
-            for name in self.store.names():
-                try:
-                    self._kept.append(_kept(self.store.manifest(name)))
-                except DamagedSnapshotError:
-                    continue  # stays where it is: retention deletes only what it can read
-            self._kept = [k for k in self._kept if self._parent is None or k.name != self._parent.name]
-        return self._kept
 
     # -- restoring --------------------------------------------------------------------------------
 
@@ -451,7 +424,7 @@ class StateManager:
             name = self.store.select(which)
             manifest = self.store.verify(name)
             newer = [other for other in self.store.names() if _order(other) > _order(name)]
-        self._parent, self._kept = manifest, None
+        self._committer.continue_from(manifest)
         if manifest is None:
             return RestoreReport()
         if self.run_id and manifest.run_id and manifest.run_id != self.run_id:
@@ -473,7 +446,7 @@ class StateManager:
         if names:
             target = self.store.set_aside(names, reason)
             self.note("set_aside", snapshots=list(names), to=str(target), reason=reason)
-            self._kept = None
+            self._committer.continue_from(self._committer.newest)
 
     def apply(self, found: RestoreReport, *, strictly: bool = True) -> RestoreReport:
         """Put the chosen snapshot into the parts, and the global generators last.
@@ -540,14 +513,6 @@ def _order(name: str) -> tuple[int, bool, int]:
     parsed = parse_name(name)
     assert parsed is not None
     return parsed.order
-
-
-def _kept(manifest: Manifest) -> Kept:
-    best = manifest.best
-    value = manifest.metric_values.get(best.metric) if best is not None and manifest.epoch_complete else None
-    at = manifest.position
-    position = Position(at.epoch, at.batch, at.step)
-    return Kept(name=manifest.name, position=position, epoch_complete=manifest.epoch_complete, value=value)
 
 
 def _now() -> str:

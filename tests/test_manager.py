@@ -89,8 +89,7 @@ def test_a_snapshot_written_while_training_goes_on_holds_the_step_it_says(tmp_pa
     """CPU tensors, 0-dim optimizer steps and BatchNorm buffers included."""
     files, state = HeldBack(), parts()
     step(state)
-    with StateManager(tmp_path / "run", state=state, files=Files()) as manager:
-        manager.files = manager.store._files = files
+    with StateManager(tmp_path / "run", state=state, files=files) as manager:
         expected = captured(state)
         pending = manager.snapshot(epoch=0, batch=1, step=1)
         for _ in range(3):
@@ -107,8 +106,7 @@ def test_a_snapshot_written_while_training_goes_on_holds_the_step_it_says(tmp_pa
 
 def test_one_snapshot_is_in_flight_and_a_second_waits(tmp_path: Path) -> None:
     files, state = HeldBack(), parts()
-    with StateManager(tmp_path / "run", state=state) as manager:
-        manager.files = manager.store._files = files
+    with StateManager(tmp_path / "run", state=state, files=files) as manager:
         first = manager.snapshot(epoch=0, batch=1, step=1)
         seen: list[bool] = []
         waiter = threading.Thread(target=lambda: seen.append(manager.snapshot(epoch=0, batch=2, step=2).done))
@@ -128,11 +126,11 @@ def test_one_snapshot_is_in_flight_and_a_second_waits(tmp_path: Path) -> None:
 def test_a_full_disk_is_said_and_costs_no_older_snapshot(tmp_path: Path, writes: int, background: bool) -> None:
     state = parts()
     step(state)
-    with StateManager(tmp_path / "run", state=state) as manager:
+    full = Full(1000)
+    with StateManager(tmp_path / "run", state=state, files=full) as manager:
         manager.snapshot(epoch=0, batch=1, step=1, background=False)
         expected = captured(state)
-        full = Full(writes)
-        manager.files = manager.store._files = full
+        full.left = writes
         step(state)
 
         def save_and_wait() -> None:
@@ -153,8 +151,9 @@ def test_a_full_disk_is_said_and_costs_no_older_snapshot(tmp_path: Path, writes:
 
 
 def test_an_error_in_the_background_is_raised_at_close(tmp_path: Path) -> None:
-    manager = StateManager(tmp_path / "run", state=parts()).open()
-    manager.files = manager.store._files = Full(0)
+    full = Full(1000)
+    manager = StateManager(tmp_path / "run", state=parts(), files=full).open()
+    full.left = 0
     manager.snapshot(epoch=0, batch=1, step=1)
     with pytest.raises(SnapshotWriteError):
         manager.close()

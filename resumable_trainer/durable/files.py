@@ -231,11 +231,30 @@ def commit_directory(files: Files, temporary: Path, final: Path, *, check: Calla
         check: Called last before the name is given; raises if the right to publish is lost.
     """
     files.sync_directory(temporary)
+    mine = os.stat(temporary)
     check()
     # Crash here: the directory has its temporary name, does not count, and is swept.
-    files.rename(temporary, final)
+    try:
+        files.rename(temporary, final)
+    except OSError:
+        # A network file system may lose the reply to a rename that was done (rename(2), BUGS).
+        if not _is_there(mine, final):
+            raise
     # Crash here: it may be found under either name after power loss; complete in both cases.
-    files.sync_directory(final.parent)
+    try:
+        files.sync_directory(final.parent)
+    except BaseException:
+        # Not known to be durable, so it must not be found: the next attempt is a new directory.
+        with contextlib.suppress(OSError):
+            files.rename(final, temporary)
+        raise
+
+
+def _is_there(mine: os.stat_result, path: Path) -> bool:
+    try:
+        return os.path.samestat(mine, os.lstat(path))
+    except OSError:
+        return False
 
 
 def move_directory(files: Files, source: Path, target: Path) -> None:

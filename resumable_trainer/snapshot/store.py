@@ -48,7 +48,7 @@ class Store:
     """
 
     def __init__(self, directory: Path, *, files: Files | None = None) -> None:
-        self._run = directory
+        self.run_directory = directory
         self._root = directory / SNAPSHOTS
         self._files = files if files is not None else Files()
 
@@ -112,9 +112,9 @@ class Store:
     def _none_valid(self, damaged: list[tuple[str, DamagedSnapshotError]]) -> NoValidSnapshotError:
         lines = "".join(f"\n  {name}: {error.message}" for name, error in damaged)
         return NoValidSnapshotError(
-            f"run {self._run} has {len(damaged)} snapshots and none is valid:{lines}\n"
+            f"run {self.run_directory} has {len(damaged)} snapshots and none is valid:{lines}\n"
             "nothing was changed and nothing started over",
-            path=self._run,
+            path=self.run_directory,
             found=[name for name, _ in damaged],
             hint="restore one from a copy, or set all aside and start over with: resumable-trainer run --fresh ...",
         )
@@ -142,8 +142,8 @@ class Store:
             chosen = next((name for name in reversed(names) if _matches(which, parsed[name])), None)
         if chosen is None:
             raise NotFoundError(
-                f"run {self._run} has no snapshot {which!r}",
-                path=self._run,
+                f"run {self.run_directory} has no snapshot {which!r}",
+                path=self.run_directory,
                 found=which,
                 expected=names,
                 hint="there are: " + (", ".join(names) or "none"),
@@ -169,7 +169,7 @@ class Store:
         """A temporary directory in which a snapshot is written; it does not count."""
         if not self._root.exists():
             self._files.make_directory(self._root)
-            self._files.sync_directory(self._run)
+            self._files.sync_directory(self.run_directory)
         temporary = self._root / f"{TEMPORARY_PREFIX}{name}-{token}"
         self._files.make_directory(temporary)
         return temporary
@@ -200,7 +200,7 @@ class Store:
         line = self._free_path(self._below(SET_ASIDE), "line-1")
         self._files.make_directory(line)
         write_new_file(self._files, line / "reason.txt", f"{reason}\n".encode())
-        metrics = self._run / METRICS
+        metrics = self.run_directory / METRICS
         if metrics.exists():
             write_new_file(self._files, line / METRICS, metrics.read_bytes())
         self._files.sync_directory(line)
@@ -217,7 +217,7 @@ class Store:
     def sweep(self) -> list[str]:
         """Remove what dead processes left unfinished; names of the snapshots that never came to be."""
         swept = []
-        for root in (self._root, self._run):
+        for root in (self._root, self.run_directory):
             for entry in sorted(root.iterdir()) if root.exists() else ():
                 if entry.name.startswith((TEMPORARY_PREFIX, TRASH_PREFIX)):
                     remove_tree(self._files, entry)
@@ -226,10 +226,10 @@ class Store:
         return swept
 
     def _below(self, name: str) -> Path:
-        path = self._run / name
+        path = self.run_directory / name
         if not path.exists():
             self._files.make_directory(path)
-            self._files.sync_directory(self._run)
+            self._files.sync_directory(self.run_directory)
         return path
 
     def _free_path(self, parent: Path, name: str) -> Path:

@@ -17,19 +17,36 @@ if TYPE_CHECKING:
     from resumable_trainer.snapshot.tree import Flat
 
 
-def write_files(files: Files, directory: Path, flat: Flat) -> dict[str, FileEntry]:
+_HEADER_BYTES = 4096
+_ENTRY_BYTES = 256  # a tensor's line in a header; names are longer rarely, and the estimate is one
+_MANIFEST_BYTES = 65536
+
+
+def encode_values(flat: Flat) -> bytes:
+    """The bytes of `state.json`."""
+    return json.dumps(flat.values, separators=(",", ":"), allow_nan=False).encode()
+
+
+def size(flat: Flat, values: bytes) -> tuple[int, int]:
+    """Bytes a snapshot takes, headers and manifest included, and how many new files and directories."""
+    headers = sum(_HEADER_BYTES + _ENTRY_BYTES * len(tensors) for tensors in flat.tensors.values())
+    tensors = sum(t.numel() * t.element_size() for named in flat.tensors.values() for t in named.values())
+    return len(values) + headers + tensors + _MANIFEST_BYTES, len(flat.tensors) + 3
+
+
+def write_files(files: Files, directory: Path, flat: Flat, values: bytes) -> dict[str, FileEntry]:
     """Write and sync every file but the manifest; what the manifest is to say of each.
 
     Args:
         files: Primitive operations.
         directory: A temporary directory; its own entries are synced at the commit.
-        flat: CPU tensors that nobody changes any more, and values.
+        flat: CPU tensors that nobody changes any more.
+        values: What `encode_values` gave.
 
     Raises:
         OSError: A file could not be made durable; the directory is to be thrown away.
     """
-    text = json.dumps(flat.values, separators=(",", ":"), allow_nan=False)
-    entries = {STATE: _entry(write_new_file(files, directory / STATE, text.encode()))}
+    entries = {STATE: _entry(write_new_file(files, directory / STATE, values))}
     for section, tensors in flat.tensors.items():
         name = section + TENSORS_SUFFIX
         with NewFile(directory / name, files=files) as file:

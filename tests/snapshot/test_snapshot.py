@@ -23,7 +23,7 @@ from resumable_trainer.snapshot.retention import Kept, to_delete
 from resumable_trainer.snapshot.store import Store
 from resumable_trainer.snapshot.tensors import DTYPES, TensorFile, write_tensors
 from resumable_trainer.snapshot.tree import flatten, unflatten
-from resumable_trainer.snapshot.writer import write_files
+from resumable_trainer.snapshot.writer import encode_values, write_files
 from resumable_trainer.state.compare import differences
 
 if TYPE_CHECKING:
@@ -38,10 +38,10 @@ def through_disk(directory: Path, tree: Any) -> Any:
 
 def save(store: Store, step: int, tree: Any = None) -> str:
     name = f"step-{step:09d}"
-    store._run.mkdir(exist_ok=True)
+    store.run_directory.mkdir(exist_ok=True)
     temporary = store.begin(name, token="t")
     flat = flatten({"part": {"w": torch.arange(40.0)} if tree is None else tree})
-    entries = write_files(Files(), temporary, flat)
+    entries = write_files(Files(), temporary, flat, encode_values(flat))
     manifest = Manifest(
         run_id="r", generation=1, name=name, position=PositionFields(epoch=0, batch=step, step=step),
         epoch_complete=False, parent=None, parent_digest=None, created="now", files=entries,

@@ -1,0 +1,212 @@
+"""From a state taken apart to a durable snapshot: room, attempts, commit, retention.
+
+Policy: an attempt that meets an error is thrown away whole, and the next one writes new files; a file
+whose sync failed is never synced again. What may pass (an I/O error) is tried again at once, what stays
+(a full or read-only disk, a directory that is gone) is left to the next snapshot. Nothing old goes for
+a new one but what retention would delete once the new one is there, and that only when room is short;
+the newest durable snapshot always stays.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import secrets
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from resumable_trainer.durable.files import remove_tree
+from resumable_trainer.durable.filesystem import bytes_on_disk, file_system, room
+from resumable_trainer.errors import DamagedSnapshotError, RunHeldError
+from resumable_trainer.snapshot.layout import Position
+from resumable_trainer.snapshot.retention import Kept
+from resumable_trainer.snapshot.writer import encode_values, size, write_files
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping, Sequence
+    from pathlib import Path
+
+    from resumable_trainer.durable.files import Files
+    from resumable_trainer.snapshot.manifest import FileEntry, Manifest
+    from resumable_trainer.snapshot.store import Store
+    from resumable_trainer.snapshot.tree import Flat
+
+_ATTEMPTS = 3
+_LASTING = frozenset(
+    (
+        errno.ENOSPC,
+        errno.EDQUOT,
+        errno.EFBIG,
+        errno.EROFS,
+        errno.EACCES,
+        errno.EPERM,
+        errno.ENOENT,
+        errno.ENOTDIR,
+    )
+)
+
+
+@dataclass(frozen=True)
+class Hooks:
+    """What a committer asks of its owner.
+
+    Attributes:
+        check: Raises if the right to publish is lost.
+        before_manifest: Makes durable what the manifest speaks of (the metric journal).
+        manifest: The manifest, given what was written.
+        note: Appends to the run's events.
+    """
+
+    check: Callable[[], None]
+    before_manifest: Callable[[], None]
+    manifest: Callable[[Mapping[str, FileEntry]], Manifest]
+    note: Callable[..., None]
+
+
+class Committer:
+    """Commits snapshots of one line, one at a time.
+
+    Args:
+        store: The run's snapshots.
+        files: Primitive operations.
+        retain: Which snapshots to delete, given all of them, oldest first.
+    """
+
+    def __init__(self, store: Store, *, files: Files, retain: Callable[[Sequence[Kept]], list[str]]) -> None:
+        self.newest: Manifest | None = None
+        self._store = store
+        self._files = files
+        self._retain = retain
+        self._kept: list[Kept] | None = None
+
+    def continue_from(self, manifest: Manifest | None) -> None:
+        """The newest durable snapshot from now on; what else there is, is looked up anew."""
+        self.newest, self._kept = manifest, None
+
+    def commit(self, flat: Flat, facts: Kept, hooks: Hooks) -> int | None:
+        """Make a snapshot durable, then apply retention.
+
+        Args:
+            flat: CPU tensors that nobody changes any more, and values.
+            facts: What retention will know of it.
+            hooks: See there.
+
+        Returns:
+            Bytes written; None if this very snapshot is the newest durable one already.
+
+        Raises:
+            OSError: It could not be made durable; what was durable before still is.
+            RunHeldError: The right to publish is lost.
+        """
+        if self.newest is not None and self.newest.name == facts.name:
+            return None
+        if self._store.path(facts.name).exists():
+            # Never taken for this state: it was found here and not continued from.
+            self._store.set_aside([facts.name], "another state was saved at the same position")
+        values = encode_values(flat)
+        num_bytes, num_files = size(flat, values)
+        self._make_room(facts, hooks, num_bytes=num_bytes, num_files=num_files)
+        for attempt in range(1, _ATTEMPTS + 1):
+            try:
+                self.newest = self._attempt(flat, values, facts.name, hooks)
+                break
+            except RunHeldError:
+                raise
+            except OSError as error:
+                hooks.note("attempt_failed", snapshot=facts.name, attempt=attempt, reason=str(error))
+                if attempt == _ATTEMPTS or error.errno in _LASTING:
+                    raise
+        # Crash here: the snapshot is durable; only old ones that retention would delete are still there.
+        return num_bytes
+
+    def _attempt(self, flat: Flat, values: bytes, name: str, hooks: Hooks) -> Manifest:
+        temporary = self._store.begin(name, token=secrets.token_hex(6))
+        try:
+            entries = write_files(self._files, temporary, flat, values)
+            # Invariant: rows are durable before the manifest whose mark counts them.
+            hooks.before_manifest()
+            manifest = hooks.manifest(entries)
+            self._store.write_manifest(temporary, manifest)
+            self._store.commit(temporary, name, check=hooks.check)
+        except BaseException:
+            with contextlib.suppress(OSError):  # what stays of it is swept at the next start
+                remove_tree(self._files, temporary)
+            raise
+        return manifest
+
+    # -- room and retention -----------------------------------------------------------------------
+
+    def _make_room(self, facts: Kept, hooks: Hooks, *, num_bytes: int, num_files: int) -> None:
+        """Look before writing: a disk filled to the brim by an attempt that fails hurts everybody on it.
+
+        Raises:
+            OSError: There is not enough room (ENOSPC), and retention has nothing to give.
+        """
+        directory = self._store.run_directory
+        if room(directory).holds(num_bytes=num_bytes, files=num_files):
+            return
+        hooks.check()
+        self._store.sweep()
+        for name in self._doomed(facts):
+            if room(directory).holds(num_bytes=num_bytes, files=num_files):
+                return
+            self._store.delete(name)
+            self._forget(name)
+            hooks.note("deleted_early", snapshot=name, reason=f"room for {facts.name}")
+        found = room(directory)
+        if not found.holds(num_bytes=num_bytes, files=num_files):
+            raise OSError(errno.ENOSPC, _shortage(directory, found.num_bytes, found.files, num_bytes, num_files))
+
+    def _doomed(self, new: Kept) -> list[str]:
+        """What retention deletes once the new snapshot is there; never the newest durable one."""
+        stays = {new.name, self.newest.name if self.newest is not None else new.name}
+        return [name for name in self._retain([*self._all_kept(), new]) if name not in stays]
+
+    def retire(self, new: Kept, note: Callable[..., None]) -> None:
+        """Apply retention; only now, when the new snapshot is durable. What cannot be deleted stays."""
+        try:
+            doomed = self._doomed(new)
+            self._all_kept().append(new)
+        except OSError as error:
+            note("not_deleted", reason=str(error))
+            return
+        for name in doomed:
+            try:
+                self._store.delete(name)
+            except OSError as error:  # an old one that stays is no reason to stop
+                note("not_deleted", snapshot=name, reason=str(error))
+            self._forget(name)
+
+    def _forget(self, name: str) -> None:
+        self._kept = [snapshot for snapshot in self._all_kept() if snapshot.name != name]
+
+    def _all_kept(self) -> list[Kept]:
+        """Facts for retention of every committed snapshot, read from disk once and then kept."""
+        if self._kept is None:
+            kept = []
+            for name in self._store.names():
+                try:
+                    kept.append(kept_of(self._store.manifest(name)))
+                except DamagedSnapshotError:
+                    continue  # stays where it is: retention deletes only what it can read
+            self._kept = kept
+        return self._kept
+
+
+def kept_of(manifest: Manifest) -> Kept:
+    """What retention knows of a snapshot on disk."""
+    best = manifest.best
+    value = manifest.metric_values.get(best.metric) if best is not None and manifest.epoch_complete else None
+    at = manifest.position
+    position = Position(at.epoch, at.batch, at.step)
+    return Kept(name=manifest.name, position=position, epoch_complete=manifest.epoch_complete, value=value)
+
+
+def _shortage(directory: Path, free: int | None, entries: int | None, num_bytes: int, num_files: int) -> str:
+    place = file_system(directory)
+    needed = bytes_on_disk(num_bytes, files=num_files)
+    text = os.strerror(errno.ENOSPC)
+    if free is not None and needed > free:
+        return f"{text}: it needs {needed:,} bytes, {free:,} are free on {place.mount_point} ({place.kind})"
+    return f"{text}: it needs {num_files} file entries, {entries} are free on {place.mount_point} ({place.kind})"

@@ -1,0 +1,247 @@
+"""Attempts, room and retention: what a disk that fails or fills up may cost, and what it may not."""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import torch
+
+from resumable_trainer import RunHeldError, SnapshotWriteError, StateManager
+from resumable_trainer.durable import filesystem
+from resumable_trainer.durable.files import Files
+from resumable_trainer.snapshot import committer
+from resumable_trainer.snapshot.retention import to_delete
+from resumable_trainer.snapshot.store import Store
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+CALLS = ("make_directory", "create", "write", "sync", "close", "rename", "sync_directory")
+
+
+class Failing(Files):
+    """Fails at the n-th call of one primitive, and at as many after it as it is told."""
+
+    def __init__(self) -> None:
+        self.call, self.at, self.times, self.number = "", 0, 0, errno.EIO
+        self.made: dict[str, list[int]] = {}
+
+    def arm(self, call: str, *, at: int = 0, times: int = 1, number: int = errno.EIO) -> None:
+        self.call, self.at, self.times, self.number = call, at, times, number
+
+    def __getattribute__(self, name: str) -> Any:
+        if name in CALLS and object.__getattribute__(self, "call") == name:
+            self.at -= 1
+            if self.at < 0 and self.times > 0:
+                self.times -= 1
+                raise OSError(self.number, os.strerror(self.number))
+        return object.__getattribute__(self, name)
+
+
+def make(directory: Path, files: Files | None = None, **settings: Any) -> tuple[StateManager, torch.nn.Linear]:
+    torch.manual_seed(0)
+    model = torch.nn.Linear(20, 20)
+    return StateManager(directory, state={"model": model}, files=files, **settings), model
+
+
+def save(manager: StateManager, step: int) -> None:
+    manager.snapshot(epoch=0, batch=step, step=step, background=False)
+
+
+def names(directory: Path) -> list[str]:
+    return sorted(path.name for path in (directory / "snapshots").iterdir())
+
+
+@pytest.mark.parametrize("times", [1, 2])
+@pytest.mark.parametrize("call", CALLS)
+def test_an_error_that_passes_costs_another_attempt_with_new_files_and_nothing_else(
+    tmp_path: Path, call: str, times: int
+) -> None:
+    files = Failing()
+    manager, model = make(tmp_path / "run", files)
+    with manager:
+        save(manager, 1)
+        files.arm(call, times=times)
+        save(manager, 2)
+        assert files.times == 0, "the fault was not met"
+        assert names(tmp_path / "run") == ["step-000000001", "step-000000002"]
+        manager.store.verify("step-000000002")
+        expected = model.weight.clone()
+        torch.nn.init.zeros_(model.weight)
+        assert manager.restore().snapshot == "step-000000002"
+        assert torch.equal(model.weight, expected)
+
+
+@pytest.mark.parametrize("call", CALLS)
+def test_an_error_that_stays_ends_the_attempts_and_leaves_what_was_durable(tmp_path: Path, call: str) -> None:
+    files = Failing()
+    manager, _ = make(tmp_path / "run", files)
+    with manager:
+        save(manager, 1)
+        files.arm(call, times=1000)
+        with pytest.raises(SnapshotWriteError, match="the last durable one is step-000000001"):
+            save(manager, 2)
+        assert 1000 - files.times < 20, "attempts are bounded"
+        files.arm("")
+        assert manager.store.names() == ["step-000000001"]
+        save(manager, 3)
+        assert manager.store.names() == ["step-000000001", "step-000000003"]
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES])
+def test_what_lasts_is_tried_once(tmp_path: Path, number: int) -> None:
+    files = Failing()
+    manager, _ = make(tmp_path / "run", files)
+    with manager:
+        files.arm("sync", times=5, number=number)
+        with pytest.raises(SnapshotWriteError, match=os.strerror(number)):
+            save(manager, 1)
+        assert files.times == 4
+
+
+def test_a_snapshot_whose_entry_could_not_be_synced_does_not_count(tmp_path: Path) -> None:
+    """It has its final name when the sync of the parent fails; acknowledged it must not be, nor found."""
+    files = Failing()
+    manager, _ = make(tmp_path / "run", files)
+    with manager:
+        save(manager, 1)
+        files.arm("sync_directory", at=1, times=1, number=errno.ENOSPC)  # 0: its own entries, 1: the parent's
+        with pytest.raises(SnapshotWriteError):
+            save(manager, 2)
+        assert files.times == 0
+        assert manager.store.names() == ["step-000000001"]
+        assert manager.latest == "step-000000001"
+
+
+def test_a_rename_whose_reply_was_lost_is_a_rename(tmp_path: Path) -> None:
+    class LostReply(Files):
+        def rename(self, source: Path, target: Path) -> None:
+            super().rename(source, target)
+            if target.name.startswith("step-"):
+                raise OSError(errno.ENOENT, "No such file or directory")  # what a repeated NFS rename says
+
+    manager, _ = make(tmp_path / "run", LostReply())
+    with manager:
+        save(manager, 1)
+        assert manager.latest == "step-000000001"
+    assert names(tmp_path / "run") == ["step-000000001"]
+
+
+def test_a_failed_attempt_never_takes_away_the_snapshot_of_who_superseded_it(tmp_path: Path) -> None:
+    """The other launch commits the same position just before we do."""
+
+    class Superseded(Files):
+        armed = False
+
+        def rename(self, source: Path, target: Path) -> None:
+            if self.armed and target.name == "step-000000002":
+                os.rename(source, target)  # theirs, from now on
+                os.mkdir(source)
+                raise FileExistsError(errno.EEXIST, "File exists")
+            super().rename(source, target)
+
+    files = Superseded()
+    manager, _ = make(tmp_path / "run", files)
+    with manager:
+        save(manager, 1)
+        files.armed = True
+        with pytest.raises(SnapshotWriteError):
+            save(manager, 2)
+        assert manager.store.names() == ["step-000000001", "step-000000002"]
+
+
+def test_losing_the_run_is_no_write_error_and_is_not_tried_again(tmp_path: Path) -> None:
+    manager, _ = make(tmp_path / "run")
+    with manager:
+        save(manager, 1)
+        (tmp_path / "run/run.lock").unlink()
+        with pytest.raises(RunHeldError, match="lock file is gone"):
+            save(manager, 2)
+        assert names(tmp_path / "run") == ["step-000000001"]
+
+
+def test_a_snapshot_of_another_line_at_the_same_position_is_set_aside_not_taken_for_ours(tmp_path: Path) -> None:
+    manager, model = make(tmp_path / "run")
+    with manager:
+        save(manager, 5)
+    manager, model = make(tmp_path / "run")
+    with manager:  # nothing is restored: another state comes to the same step
+        with torch.no_grad():
+            model.weight.add_(1)
+        save(manager, 5)
+        expected = model.weight.clone()
+        torch.nn.init.zeros_(model.weight)
+        manager.restore()
+        assert torch.equal(model.weight, expected)
+    assert [path.name for path in (tmp_path / "run/set-aside/line-1").iterdir() if path.is_dir()] == ["step-000000005"]
+
+
+class Disk:
+    """How much room there is: a disk on which every snapshot takes one unit."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, directory: Path, *, snapshots: int) -> None:
+        self.snapshots, self.directory, self.unlimited = snapshots, directory, False
+        monkeypatch.setattr(committer, "room", self.room)
+
+    def room(self, path: Path) -> filesystem.Room:
+        assert path == self.directory
+        used = len(Store(path).names())
+        return filesystem.Room(10**9 if used < self.snapshots or self.unlimited else 100, 10**6)
+
+
+def keep(number: int) -> Any:
+    return lambda kept: to_delete(kept, keep_last=number, keep_best=0, keep_every=None)
+
+
+def test_without_room_nothing_is_written_and_the_message_says_how_much_is_missing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    disk = Disk(monkeypatch, tmp_path / "run", snapshots=2)
+    manager, _ = make(tmp_path / "run", retain=keep(5))
+    with manager:
+        save(manager, 1)
+        save(manager, 2)
+        with pytest.raises(SnapshotWriteError, match=r"it needs [\d,]+ bytes, 100 are free on"):
+            save(manager, 3)
+        assert names(tmp_path / "run") == ["step-000000001", "step-000000002"]
+        disk.unlimited = True
+        save(manager, 4)
+        assert manager.latest == "step-000000004"
+
+
+def test_short_of_room_what_retention_gives_up_goes_first_and_the_newest_never(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    Disk(monkeypatch, tmp_path / "run", snapshots=3)
+    manager, _ = make(tmp_path / "run", retain=keep(3))
+    with manager:
+        for step in range(1, 7):
+            save(manager, step)
+        assert names(tmp_path / "run") == ["step-000000004", "step-000000005", "step-000000006"]
+
+
+def test_the_only_durable_snapshot_is_not_given_for_the_next_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    Disk(monkeypatch, tmp_path / "run", snapshots=1)
+    manager, _ = make(tmp_path / "run", retain=keep(1))
+    with manager:
+        save(manager, 1)
+        with pytest.raises(SnapshotWriteError):
+            save(manager, 2)
+        assert names(tmp_path / "run") == ["step-000000001"]
+
+
+def test_the_estimate_covers_what_is_written(tmp_path: Path) -> None:
+    manager, _ = make(tmp_path / "run")
+    with manager:
+        staged = manager.stage(manager.capture())
+        num_bytes, num_files = committer.size(staged, committer.encode_values(staged))
+        save(manager, 1)
+    written = list((tmp_path / "run/snapshots/step-000000001").iterdir())
+    assert sum(path.stat().st_size for path in written) <= num_bytes
+    assert len(written) + 1 <= num_files
