@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import shutil
+import shutil
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -138,10 +139,8 @@ def test_a_failed_attempt_never_takes_away_the_snapshot_of_who_superseded_it(tmp
         armed = False
 
         def rename(self, source: Path, target: Path) -> None:
-            if self.armed and target.name == "step-000000002":
-                os.rename(source, target)  # theirs, from now on
-                os.mkdir(source)
-                raise FileExistsError(errno.EEXIST, "File exists")
+            if self.armed and target.name == "step-000000002" and not target.exists():
+                shutil.copytree(source, target)
             super().rename(source, target)
 
     files = Superseded()
