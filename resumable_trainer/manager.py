@@ -10,6 +10,7 @@ waits. An error there is raised at the next call and at close.
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import time
 from dataclasses import asdict, dataclass, field
@@ -18,6 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Self
 
 from resumable_trainer.durable.files import Files, make_directories
+from resumable_trainer.durable.filesystem import refuse_links
 from resumable_trainer.durable.journal import Journal, Mark
 from resumable_trainer.durable.lock import RunLock
 from resumable_trainer.errors import (
@@ -31,7 +33,7 @@ from resumable_trainer.errors import (
     UsageError,
 )
 from resumable_trainer.snapshot.committer import Committer, Hooks
-from resumable_trainer.snapshot.layout import EVENTS, RUN_LOCK, Position, parse_name, snapshot_name
+from resumable_trainer.snapshot.layout import EVENTS, OWN_NAMES, RUN_LOCK, Position, parse_name, snapshot_name
 from resumable_trainer.snapshot.manifest import Best, JournalMark, Manifest, PositionFields
 from resumable_trainer.snapshot.pending import PendingSnapshot
 from resumable_trainer.snapshot.reader import Reader
@@ -43,7 +45,7 @@ from resumable_trainer.state.parts import capture_part, check_parts, mismatches,
 
 if TYPE_CHECKING:
     import os
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Callable, Iterator, Mapping, Sequence
     from types import TracebackType
 
     from resumable_trainer.metrics.early_stopping import BestValue
@@ -160,19 +162,28 @@ class StateManager:
 
         Raises:
             RunHeldError: Another process holds the run.
+            SettingsError: A link stands where the run keeps a file of its own.
+            SnapshotWriteError: The directory cannot be written to.
         """
-        make_directories(self.files, self.directory)
-        if self._lock is None:
-            self._lock = RunLock(self.directory / RUN_LOCK)
-            self._lock.acquire(known_generation=self._newest_generation(), command=self._command)
         try:
-            self._events = Journal.open(self.directory / EVENTS, files=self.files)
-            # Crash here: nothing but unfinished directories is gone; the sweep begins anew at the next start.
-            self.swept = self.store.sweep()
+            with usable(self.directory):
+                self._open()
         except BaseException:
-            self._lock.release()
+            if self._lock is not None:
+                self._lock.release()
             raise
         return self
+
+    def _open(self) -> None:
+        make_directories(self.files, self.directory)
+        refuse_links(self.directory, OWN_NAMES)
+        if self._lock is None:
+            self._lock = RunLock(self.directory / RUN_LOCK)
+        if not self._lock.is_held:
+            self._lock.acquire(known_generation=self._newest_generation(), command=self._command)
+        self._events = Journal.open(self.directory / EVENTS, files=self.files)
+        # Crash here: nothing but unfinished directories is gone; the sweep begins anew at the next start.
+        self.swept = self.store.sweep()
 
     def close(self) -> None:
         """Wait for the snapshot in flight and release the lock.
@@ -205,6 +216,11 @@ class StateManager:
         """Name of the newest snapshot that this process knows to be durable."""
         newest = self._committer.newest
         return None if newest is None else newest.name
+
+    @property
+    def is_writing(self) -> bool:
+        """Whether a snapshot is in flight: neither known to be durable nor to have failed."""
+        return self._in_flight is not None
 
     @property
     def lock(self) -> RunLock:
@@ -408,6 +424,10 @@ class StateManager:
         """Choose and verify a snapshot, quarantine damaged ones, and restore nothing yet."""
         self.wait()
         _ = self.lock
+        with usable(self.directory):
+            return self._find(which)
+
+    def _find(self, which: str) -> RestoreReport:
         quarantined: dict[str, str] = {}
         if which == "latest":
             manifest = self.store.newest_valid(on_damage=lambda name, e: quarantined.update({name: e.message}))
@@ -444,7 +464,8 @@ class StateManager:
     def set_aside(self, names: Sequence[str], *, reason: str) -> None:
         """Move valid snapshots of an abandoned line aside; nothing is deleted."""
         if names:
-            target = self.store.set_aside(names, reason)
+            with usable(self.directory):
+                target = self.store.set_aside(names, reason)
             self.note("set_aside", snapshots=list(names), to=str(target), reason=reason)
             self._committer.continue_from(self._committer.newest)
 
@@ -507,6 +528,25 @@ class StateManager:
             if wrong
             else []
         )
+
+
+@contextlib.contextmanager
+def usable(directory: Path) -> Iterator[None]:
+    """An error of the disk in this block is said as one about the run directory.
+
+    Raises:
+        SnapshotWriteError: The directory cannot be read or written as a run needs it.
+    """
+    try:
+        yield
+    except OSError as error:
+        if isinstance(error, ResumableTrainerError):
+            raise
+        raise SnapshotWriteError(
+            f"run directory {directory} cannot be used: {error}",
+            path=directory,
+            hint="make it readable and writable, or repair its disk; then start the same command again",
+        ) from error
 
 
 def _order(name: str) -> tuple[int, bool, int]:

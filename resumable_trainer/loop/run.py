@@ -8,11 +8,11 @@ body, and where the batches go on), and the generators last at each of them.
 
 from __future__ import annotations
 
-import contextlib
 import time
 from functools import partial
 from typing import TYPE_CHECKING, Any, Self
 
+from resumable_trainer.durable import filesystem
 from resumable_trainer.errors import (
     DriftError,
     Interrupted,
@@ -28,9 +28,10 @@ from resumable_trainer.loop.held import HeldState
 from resumable_trainer.loop.notices import install_excepthook, notices
 from resumable_trainer.loop.progress import Progress
 from resumable_trainer.loop.record import Record
+from resumable_trainer.loop.saver import Saver
 from resumable_trainer.loop.shelf import Shelf
 from resumable_trainer.loop.triggers import SnapshotPolicy
-from resumable_trainer.manager import Facts, Outcome, RestoreReport, StateManager
+from resumable_trainer.manager import Facts, Outcome, RestoreReport, StateManager, usable
 from resumable_trainer.snapshot.layout import METRICS, snapshot_name
 from resumable_trainer.snapshot.retention import to_delete
 from resumable_trainer.state import generators
@@ -121,7 +122,7 @@ class Run:
         self._facts: dict[str, Any] = {}
         self._saved_facts: Mapping[str, Any] = {}
         self._settings: dict[str, Any] = {}
-        self._last_snapshot_at = self._rows_shown_at = 0.0
+        self._rows_shown_at = 0.0
 
     # -- opening ----------------------------------------------------------------------------------
 
@@ -135,8 +136,9 @@ class Run:
             retain=self._retain(),
             lock=launch.process.handover.locks.pop(self.directory.resolve(), None),
             command=str(self._command),
-        ).open()
+        )
         try:
+            self._manager.open()
             self._open()
         except BaseException:
             notices.uninstall()
@@ -146,9 +148,10 @@ class Run:
 
     def _open(self) -> None:
         launch.process.note_opened(self.directory, self._manager.lock.generation)
-        opening.identify(self._manager, self._command, self._seed)
-        opening.note_launch(self._manager, self._command)
-        self._record = Record(self.directory / METRICS, self._early_stopping, files=self._manager.files)
+        with usable(self.directory):
+            opening.identify(self._manager, self._command, self._seed)
+            opening.note_launch(self._manager, self._command)
+            self._record = Record(self.directory / METRICS, self._early_stopping, files=self._manager.files)
         self._watch = StepWatch(self._state)
         self._manager.watch_gradients(self._watch)
         settings = {name: opening.json_values(scalar_settings(part)) for name, part in self._state.items()}
@@ -157,6 +160,7 @@ class Run:
         which = opening.begin_line(self._manager, self._record, self.directory)
         report = self._manager.find(which)
         lines = screen.swept(self._manager.swept) + screen.quarantined(report)
+        lines += [f"warning {line}" for line in filesystem.warnings(self.directory)]
         if report.manifest is None:
             lines += opening.lost_snapshots(self.directory)
             opening.start_afresh(self._record, self._seed)
@@ -165,7 +169,10 @@ class Run:
             self._screen.say(lines)
             self._resume(report)
         self._screen.say(screen.missing_schedulers(undriven_schedulers(self._state)))
-        self._last_snapshot_at = self._rows_shown_at = self._clock()
+        self._rows_shown_at = self._clock()
+        self._saver = Saver(
+            self._manager, self._policy, before_commit=self._record.sync, clock=self._clock, say=self._screen.say
+        )
         self._entered = True
 
     def _resume(self, found: RestoreReport) -> None:
@@ -292,13 +299,10 @@ class Run:
         self._cursor.next_epoch()
         self.outcome = self._outcome_after_epoch(total, left=left)
         self._screen.epoch_done(epoch, values, screen.best_and_latest(self._record, self._manager))
-        seconds = self._clock() - self._last_snapshot_at
-        due = self._policy.due_after_epoch(self._cursor.epoch, seconds)
+        due = self._saver.is_due_after_epoch(self._cursor.epoch)
         if self.outcome is not None or due or self._snapshot_wanted or notices.pending:
             self._save(epoch_complete=True)
-        if self.outcome is not None:
-            self._manager.note("finished", outcome=self.outcome, **vars_of(self._cursor.position))
-        elif notices.leave is not None:
+        if self.outcome is None and notices.leave is not None:
             self._leave(notices.leave, f"after epoch {self._cursor.epoch}")
 
     def _outcome_after_epoch(self, total: int, *, left: bool) -> Outcome | None:
@@ -412,12 +416,7 @@ class Run:
             self._end_batches(self._loop)
 
     def _snapshot_due(self) -> bool:
-        policy = self._policy
-        if self._snapshot_wanted:
-            return True
-        if policy.every_steps is None and policy.every_seconds is None:
-            return False
-        return policy.due_after_batch(self._cursor.step, self._clock() - self._last_snapshot_at)
+        return self._snapshot_wanted or self._saver.is_due_after_batch(self._cursor.step)
 
     def _boundary(self) -> None:
         """A place within the epoch at which the state is whole.
@@ -435,7 +434,7 @@ class Run:
             self._save(epoch_complete=False)
 
     def _epoch_start_is_durable(self) -> bool:
-        self._manager.wait()
+        self._saver.settle()
         start = snapshot_name(self._cursor.position, epoch_complete=True)
         return self._cursor.step == 0 or self._manager.latest == start
 
@@ -466,9 +465,8 @@ class Run:
         """Save the state as it was before evaluation began; if it is gone, the last snapshot stands."""
         state = self._held.again() if self._held is not None else None
         if state is not None and self._in_epoch:
-            self._write(state, self._snapshot_facts(epoch_complete=False), background=False)
+            self._saver.save_now(state, self._snapshot_facts(epoch_complete=False))
             self._leave(number, "in evaluation")
-        self._manager.wait()
         self._leave(number, "in evaluation, whose start cannot be had again: the last durable snapshot stands")
 
     # -- numbers ----------------------------------------------------------------------------------
@@ -564,16 +562,16 @@ class Run:
         self._record.load_state_dict(report.sections["loop"]["record"])
 
     def _save(self, *, epoch_complete: bool) -> None:
-        leaving = notices.leave is not None or self.outcome is not None
         staged = self._manager.stage(self._capture(epoch_complete=epoch_complete))
         facts = self._snapshot_facts(epoch_complete=epoch_complete)
-        self._write(staged, facts, background=self._policy.background and not leaving)
+        if self.outcome is not None:
+            self._saver.save_last(staged, facts)
+        elif notices.leave is not None:
+            self._saver.save_now(staged, facts)
+        else:
+            self._saver.save(staged, facts)
         self._snapshot_wanted = False
         notices.served()
-
-    def _write(self, staged: Flat, facts: Facts, *, background: bool) -> None:
-        self._manager.write(staged, facts, background=background, before_commit=self._record.sync)
-        self._last_snapshot_at = self._clock()
 
     def _snapshot_facts(self, *, epoch_complete: bool) -> Facts:
         return Facts(
@@ -604,7 +602,7 @@ class Run:
     # -- people and endings -----------------------------------------------------------------------
 
     def _show(self) -> None:
-        self._manager.poll()
+        self._saver.poll()
         self._record.flush_what_is_here()
         extra = screen.best_and_latest(self._record, self._manager)
         self._screen.refresh(self._cursor.epoch, self._cursor.step, self._record.averages.means(), extra)
@@ -616,7 +614,7 @@ class Run:
 
     def _leave(self, number: signal.Signals, where: str) -> None:
         """Unwind the user's loops with the exit code of the notice; the state is durable by now."""
-        self._manager.wait()
+        self._saver.settle()
         kind = Interrupted if number.name == "SIGINT" else Preempted
         event = "interrupted" if kind is Interrupted else "preempted"
         latest = self._manager.latest
@@ -631,15 +629,23 @@ class Run:
                 self._settle()
             elif not isinstance(error, Stopped):
                 self._note_failure(error)
+            self._close_saver(error)
         finally:
             self._close(error)
         if error is None or isinstance(error, Stopped):
             self._screen.say([error.message] if isinstance(error, Stopped) else self._ending())
 
+    def _close_saver(self, error: BaseException | None) -> None:
+        try:
+            self._saver.close()
+        except ResumableTrainerError as late:
+            if error is None or isinstance(error, Stopped):
+                self._note_failure(late)
+                raise
+
     def _note_failure(self, error: BaseException) -> None:
         fields = vars_of(self._cursor.position)
-        with contextlib.suppress(OSError):  # on a full disk the error itself matters, not its note
-            self._manager.note("failed", error=f"{type(error).__name__}: {error}"[:500], **fields)
+        self._manager.note("failed", error=f"{type(error).__name__}: {error}"[:500], **fields)
 
     def _close(self, error: BaseException | None) -> None:
         self._entered = self._in_epoch = False

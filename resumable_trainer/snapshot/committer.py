@@ -161,13 +161,13 @@ class Committer:
     def _doomed(self, new: Kept) -> list[str]:
         """What retention deletes once the new snapshot is there; never the newest durable one."""
         stays = {new.name, self.newest.name if self.newest is not None else new.name}
-        return [name for name in self._retain([*self._all_kept(), new]) if name not in stays]
+        return [name for name in self._retain(self._with(new)) if name not in stays]
 
     def retire(self, new: Kept, note: Callable[..., None]) -> None:
         """Apply retention; only now, when the new snapshot is durable. What cannot be deleted stays."""
         try:
             doomed = self._doomed(new)
-            self._all_kept().append(new)
+            self._kept = self._with(new)
         except OSError as error:
             note("not_deleted", reason=str(error))
             return
@@ -177,6 +177,10 @@ class Committer:
             except OSError as error:  # an old one that stays is no reason to stop
                 note("not_deleted", snapshot=name, reason=str(error))
             self._forget(name)
+
+    def _with(self, new: Kept) -> list[Kept]:
+        """All that there is once the new snapshot is; it may be found on disk already."""
+        return [*(snapshot for snapshot in self._all_kept() if snapshot.name != new.name), new]
 
     def _forget(self, name: str) -> None:
         self._kept = [snapshot for snapshot in self._all_kept() if snapshot.name != name]

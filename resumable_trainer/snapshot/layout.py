@@ -12,6 +12,7 @@ METRICS = "metrics.jsonl"
 SNAPSHOTS = "snapshots"
 QUARANTINE = "quarantine"
 SET_ASIDE = "set-aside"
+OWN_NAMES = (RUN_JSON, RUN_LOCK, EVENTS, METRICS, SNAPSHOTS, QUARANTINE, SET_ASIDE)
 MANIFEST = "manifest.json"
 STATE = "state.json"
 TENSORS_SUFFIX = ".safetensors"

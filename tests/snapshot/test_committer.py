@@ -5,7 +5,6 @@ from __future__ import annotations
 import errno
 import os
 import shutil
-import shutil
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -244,3 +243,12 @@ def test_the_estimate_covers_what_is_written(tmp_path: Path) -> None:
     written = list((tmp_path / "run/snapshots/step-000000001").iterdir())
     assert sum(path.stat().st_size for path in written) <= num_bytes
     assert len(written) + 1 <= num_files
+
+
+def test_as_many_stay_after_a_new_start_as_before_it(tmp_path: Path) -> None:
+    for step in range(1, 6):
+        manager, _ = make(tmp_path / "run", retain=keep(3))
+        with manager:
+            manager.restore()
+            save(manager, step)
+        assert names(tmp_path / "run") == [f"step-{n:09d}" for n in range(max(1, step - 2), step + 1)]

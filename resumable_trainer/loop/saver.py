@@ -1,0 +1,139 @@
+"""A run's snapshots on their way to the disk, and what happens when the disk does not take them.
+
+Policy: a snapshot that fails costs the run nothing but itself. It is said, training goes on, and the next
+trigger tries again with new files. Only the last state of a process (the run's end, or a notice to
+leave) must get through: that of the run's end is tried once more on leaving, then it is an error.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from typing import TYPE_CHECKING
+
+from resumable_trainer.errors import SnapshotWriteError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from resumable_trainer.loop.triggers import SnapshotPolicy
+    from resumable_trainer.manager import Facts, StateManager
+    from resumable_trainer.snapshot.tree import Flat
+
+
+class Saver:
+    """Saves states of one run, one at a time.
+
+    Args:
+        manager: Writes and commits.
+        policy: When to save, and whether in the background.
+        before_commit: Makes durable what a manifest speaks of (the metric journal).
+        clock: Seconds, for `every_seconds`.
+        say: Shows lines to a person.
+    """
+
+    def __init__(
+        self,
+        manager: StateManager,
+        policy: SnapshotPolicy,
+        *,
+        before_commit: Callable[[], None],
+        clock: Callable[[], float],
+        say: Callable[[Sequence[str]], None],
+    ) -> None:
+        self._manager = manager
+        self._policy = policy
+        self._before_commit = before_commit
+        self._clock = clock
+        self._say = say
+        self._last_at = clock()
+        self._failed: SnapshotWriteError | None = None  # the newest snapshot, if it failed
+        self._num_failed = 0
+        self._owed: tuple[Flat, Facts] | None = None
+
+    def is_due_after_batch(self, step: int) -> bool:
+        """Whether the policy wants a snapshot now that `step` batches of the run are finished."""
+        policy = self._policy
+        if policy.every_steps is None and policy.every_seconds is None:
+            return False
+        return policy.due_after_batch(step, self._clock() - self._last_at)
+
+    def is_due_after_epoch(self, epochs: int) -> bool:
+        """Whether the policy wants a snapshot now that `epochs` epochs are finished."""
+        return self._policy.due_after_epoch(epochs, self._clock() - self._last_at)
+
+    def save(self, staged: Flat, facts: Facts) -> None:
+        """Save, in the background if the policy says so; a failure is said, no error."""
+        try:
+            self._write(staged, facts, background=self._policy.background)
+        except SnapshotWriteError as error:
+            self._take_note_of(error)
+
+    def save_now(self, staged: Flat, facts: Facts) -> None:
+        """Save before leaving; durable on return.
+
+        Raises:
+            SnapshotWriteError: It could not be made durable.
+        """
+        self._write(staged, facts, background=False)
+
+    def save_last(self, staged: Flat, facts: Facts) -> None:
+        """Save the run's end, and note in its events that it has ended; if that fails, `close` tries again."""
+        try:
+            self._write(staged, facts, background=False)
+        except SnapshotWriteError as error:
+            self._take_note_of(error)
+            self._owed = (staged, facts)
+        else:
+            self._note_end(facts)
+
+    def poll(self) -> None:
+        """Take up how the snapshot in flight has ended, if it has; never blocks."""
+        try:
+            self._manager.poll()
+        except SnapshotWriteError as error:
+            self._take_note_of(error)
+        self._say_recovered()
+
+    def settle(self) -> None:
+        """Wait for the snapshot in flight; a failure is said, no error."""
+        try:
+            self._manager.wait()
+        except SnapshotWriteError as error:
+            self._take_note_of(error)
+        self._say_recovered()
+
+    def close(self) -> None:
+        """Wait, and make good what is owed.
+
+        Raises:
+            SnapshotWriteError: The newest state that was to be saved is not durable.
+        """
+        self.settle()
+        if self._owed is not None:
+            self.save_now(*self._owed)
+            self._note_end(self._owed[1])
+        elif self._failed is not None:
+            raise self._failed
+
+    def _write(self, staged: Flat, facts: Facts, *, background: bool) -> None:
+        self.settle()
+        self._last_at = self._clock()  # also if it fails: the next attempt is the next trigger's
+        self._manager.write(staged, facts, background=background, before_commit=self._before_commit)
+        self._failed = None
+        if not background:
+            self._say_recovered()
+
+    def _note_end(self, facts: Facts) -> None:
+        """The run has ended, and its end is durable."""
+        self._manager.note("finished", outcome=facts.outcome, **asdict(facts.position))
+
+    def _take_note_of(self, error: SnapshotWriteError) -> None:
+        self._failed = error
+        self._num_failed += 1
+        self._manager.note("not_saved", reason=error.message)
+        self._say([f"warning {error.message}; training goes on, and the next snapshot tries again"])
+
+    def _say_recovered(self) -> None:
+        if self._num_failed and self._failed is None and not self._manager.is_writing:
+            self._say([f"saved   {self._manager.latest}, after {self._num_failed} that failed"])
+            self._num_failed = 0
