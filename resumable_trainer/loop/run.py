@@ -32,6 +32,7 @@ from resumable_trainer.loop.saver import Saver
 from resumable_trainer.loop.shelf import Shelf
 from resumable_trainer.loop.triggers import SnapshotPolicy
 from resumable_trainer.manager import Facts, Outcome, RestoreReport, StateManager, usable
+from resumable_trainer.metrics.history import History
 from resumable_trainer.snapshot.layout import METRICS, snapshot_name
 from resumable_trainer.snapshot.retention import to_delete
 from resumable_trainer.state import generators
@@ -46,7 +47,6 @@ if TYPE_CHECKING:
 
     from resumable_trainer.data.sources import Source
     from resumable_trainer.metrics.early_stopping import EarlyStopping
-    from resumable_trainer.metrics.history import History
     from resumable_trainer.snapshot.tree import Flat
 
 _SHOW_ROWS_SECONDS = 1.0
@@ -106,15 +106,19 @@ class Run:
         self._cursor = Cursor()
         self._total: int | None = None
         self._ended_by_break_at: int | None = None  # the total that held when the epoch loop was left by break
-        self._entered = False
+        self._entered = self._closed = False
+        self._session = object()  # a loop of an earlier entering that still lives must not count in this one
+        self._stopped: Stopped | None = None  # the notice that was followed
         # Between two boundaries:
         self._values: dict[str, Any] | None = None  # what the batch under way has logged; None outside a batch
+        self._weight = 0  # samples of the batch under way
         self._loop: BatchLoop | None = None
         self._loop_number = 0
         self._in_epoch = self._epochs_left_by_break = False
         self._snapshot_wanted = False
         self._held: HeldState | None = None
         self._evaluates = True  # until an epoch has shown that it does not go through run.evaluating
+        self._has_evaluated = True  # in the epoch under way
         # After a resume, until the loop has caught up:
         self._report: RestoreReport | None = None
         self._epoch_generators: Any = None
@@ -241,9 +245,10 @@ class Run:
         if self._in_epoch:
             raise UsageError("epochs: this run is within an epoch already", hint="one loop over epochs at a time")
         self._total = total
-        return self._epochs(total)
+        return self._epochs(total, self._session)
 
-    def _epochs(self, total: int) -> Iterator[int]:
+    def _epochs(self, total: int, session: object) -> Iterator[int]:
+        self._check_session(session)
         self._screen.begin_epochs(total, self._cursor.epoch)
         if self._is_over(total):
             self._end_without_training(total)
@@ -255,8 +260,9 @@ class Run:
                 yield self._cursor.epoch
             except GeneratorExit:
                 # `break`, or an exception on its way: the next call on this run, or leaving it, tells which.
-                self._epochs_left_by_break = True
+                self._epochs_left_by_break = self._is_open(session)
                 raise
+            self._check_session(session)
             self._end_epoch(total, left=False)
 
     def _is_over(self, total: int) -> bool:
@@ -276,9 +282,9 @@ class Run:
 
     def _begin_epoch(self) -> None:
         self.outcome = None
-        self._ended_by_break_at = None
         self._in_epoch = True
         self._loop_number, self._loop, self._held = 0, None, None
+        self._evaluates, self._has_evaluated = self._has_evaluated, False
         if self._report is None:
             self._epoch_generators = generators.capture_global()
         elif self._cursor.loops:
@@ -317,10 +323,22 @@ class Run:
         """Whoever calls on the run after its loops were left by `break` finds them ended in order."""
         if not self._entered:
             raise UsageError("this run is not open", hint="use it in a with statement: with Run(...) as run:")
+        if self._stopped is not None:
+            raise self._stopped  # the script has caught it; it is still to leave
         if self._epochs_left_by_break:
             self._epochs_left_by_break = False
             assert self._total is not None
             self._end_epoch(self._total, left=True)
+
+    def _is_open(self, session: object) -> bool:
+        return self._entered and session is self._session
+
+    def _check_session(self, session: object) -> None:
+        if not self._is_open(session):
+            raise UsageError(
+                "this loop belongs to a run that has been left",
+                hint="ask for a new one within the with statement: for epoch in run.epochs(n):",
+            )
 
     # -- the loop over batches --------------------------------------------------------------------
 
@@ -353,15 +371,23 @@ class Run:
         number, self._loop_number = self._loop_number, self._loop_number + 1
         self._shelf.take_up(source, number)
         self._check_data(number, source)
-        return self._batches(source, number)
+        return self._batches(source, number, self._session)
 
-    def _batches(self, source: Source, number: int) -> Iterator[Any]:
+    def _batches(self, source: Source, number: int, session: object) -> Iterator[Any]:
+        self._check_session(session)
+        if self._loop is not None or number + 1 != self._loop_number:
+            raise UsageError(
+                "batches: another loop over batches has been asked for before this one began or ended; two at the same"
+                " time have no position to come back to",
+                hint="loop over one after the other, or over both data at once: a DataLoader over a StackDataset, say",
+            )
         cursor = self._cursor
         if number + 1 < len(cursor.loops):
             return  # done before the snapshot; what follows it in the body runs again
         if number == len(cursor.loops):
             cursor.loops.append(BatchLoop())
         loop = self._loop = cursor.loops[number]
+        self._held = None
         iterator = self._iterator(source, loop)
         if self._report is not None:
             # Invariant: after what skipping drew, and after what the body's beginning has changed.
@@ -371,14 +397,16 @@ class Run:
         weigh, watch = source.weight, self._watch
         for batch in iterator:
             watch.batch_begins()
-            self._values = {}
+            self._values, self._weight = {}, weigh(batch)
             try:
                 yield batch
             except GeneratorExit:
-                self._end_batch(loop, weigh(batch))
-                self._end_batches(loop)
+                if self._loop is loop:  # else it has been ended before its iterator went
+                    self._end_open_batches()
                 raise
-            self._end_batch(loop, weigh(batch))
+            if self._loop is not loop:
+                self._refuse_ended(session)
+            self._end_batch(loop)
             if notices.pending or self._snapshot_due():
                 self._boundary()
         self._end_batches(loop)
@@ -390,10 +418,17 @@ class Run:
             self._screen.say([f"resume  {source.skip_cost} ({loop.done} here)"])
         return source.batches(epoch=self._cursor.epoch, start=loop.done)
 
-    def _end_batch(self, loop: BatchLoop, weight: int) -> None:
+    def _refuse_ended(self, session: object) -> None:
+        self._check_session(session)
+        raise UsageError(
+            "batches: another loop over batches has begun, or the epoch has ended, since this one gave its last batch",
+            hint="one loop over batches at a time",
+        )
+
+    def _end_batch(self, loop: BatchLoop) -> None:
         values = self._values
         if values:
-            self._record.add_step(self._cursor.position, weight, values)
+            self._record.add_step(self._cursor.position, self._weight, values)
         self._values = None
         self._cursor.count_batch(loop)
         if self._screen.batch_done():
@@ -406,13 +441,12 @@ class Run:
         self._screen.end_batches()
         if self._evaluates:
             self._held = HeldState(self._capture(epoch_complete=False))
-            self._evaluates = False
 
     def _end_open_batches(self) -> None:
-        """A loop left by `break` whose iterator is still referred to somewhere."""
+        """A loop left by `break`, whether or not its iterator is still referred to somewhere."""
         if self._loop is not None:
             if self._values is not None:
-                self._end_batch(self._loop, 1)
+                self._end_batch(self._loop)
             self._end_batches(self._loop)
 
     def _snapshot_due(self) -> bool:
@@ -451,7 +485,7 @@ class Run:
             SettingsError: Data or settings that give no batches.
         """
         self._settle()
-        self._evaluates = True
+        self._evaluates = self._has_evaluated = True
         source = self._shelf.source(data, salt="evaluating", batch_size=batch_size)
         return self._evaluating(source)
 
@@ -496,6 +530,8 @@ class Run:
     @property
     def history(self) -> History:
         """All rows so far, as columns by name; reads the journal."""
+        if self._closed:
+            return History.read(self.directory / METRICS)
         self._settle()
         return self._record.history()
 
@@ -619,13 +655,17 @@ class Run:
         event = "interrupted" if kind is Interrupted else "preempted"
         latest = self._manager.latest
         self._manager.note(event, signal=number.name, snapshot=latest, **vars_of(self._cursor.position))
-        raise kind(screen.left(number.name, where, latest, int(kind.exit_code)))
+        self._stopped = kind(screen.left(number.name, where, latest, int(kind.exit_code)))
+        raise self._stopped
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
+        swallowed = self._stopped if error is None else None
+        error = error or swallowed
         try:
             if error is None:
+                self._epochs_left_by_break |= self._in_epoch  # its iterator may still be referred to
                 self._settle()
             elif not isinstance(error, Stopped):
                 self._note_failure(error)
@@ -634,6 +674,8 @@ class Run:
             self._close(error)
         if error is None or isinstance(error, Stopped):
             self._screen.say([error.message] if isinstance(error, Stopped) else self._ending())
+        if swallowed is not None:
+            raise swallowed
 
     def _close_saver(self, error: BaseException | None) -> None:
         try:
@@ -649,6 +691,8 @@ class Run:
 
     def _close(self, error: BaseException | None) -> None:
         self._entered = self._in_epoch = False
+        self._closed = True
+        self._loop = self._values = None
         self._screen.close()
         self._shelf.close()
         self._watch.close()
