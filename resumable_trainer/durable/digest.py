@@ -6,14 +6,16 @@ defence against somebody who forges a file and its manifest together.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import stat
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, BinaryIO
 
 import xxhash
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
     from pathlib import Path
 
     from typing_extensions import Buffer
@@ -71,7 +73,7 @@ def digest_file(path: Path) -> FileDigest:
             digest.update(chunk)
         return digest.value()
     finally:
-        os.close(fd)
+        close_after_reading(fd)
 
 
 def open_regular(path: Path) -> int:
@@ -86,9 +88,26 @@ def open_regular(path: Path) -> int:
         raise ValueError(f"{path} is {_kind(mode)}, not a regular file")
     fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
     if not stat.S_ISREG(os.fstat(fd).st_mode):  # changed between the two calls
-        os.close(fd)
+        close_after_reading(fd)
         raise ValueError(f"{path} is not a regular file")
     return fd
+
+
+@contextlib.contextmanager
+def reading(path: Path) -> Iterator[BinaryIO]:
+    """A regular file, opened as `open_regular` does."""
+    file = os.fdopen(open_regular(path), "rb")
+    try:
+        yield file
+    finally:
+        with contextlib.suppress(OSError):
+            file.close()
+
+
+def close_after_reading(fd: int) -> None:
+    """Close a descriptor through which nothing was written: an error here loses nothing, so it is none."""
+    with contextlib.suppress(OSError):
+        os.close(fd)
 
 
 def _kind(mode: int) -> str:

@@ -24,7 +24,7 @@ import threading
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from resumable_trainer.durable.digest import Digest, FileDigest, open_regular
+from resumable_trainer.durable.digest import Digest, FileDigest, reading
 from resumable_trainer.durable.files import TEMPORARY_PREFIX, Files, NewFile
 from resumable_trainer.errors import SnapshotWriteError
 
@@ -319,7 +319,7 @@ def read_rows(path: Path) -> Iterator[dict[str, Any]]:
         ValueError: A line in the middle is damaged; the message names it.
         OSError: It cannot be read.
     """
-    with os.fdopen(open_regular(path), "rb") as file:
+    with reading(path) as file:
         for number, line in enumerate(file, start=1):
             if not line.endswith(b"\n"):
                 return

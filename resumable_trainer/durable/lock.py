@@ -32,7 +32,7 @@ from typing import TYPE_CHECKING, Any
 
 from filelock import FileLock, Timeout
 
-from resumable_trainer.durable.digest import open_regular
+from resumable_trainer.durable.digest import close_after_reading, open_regular
 from resumable_trainer.durable.files import Files, make_directories
 from resumable_trainer.errors import RunHeldError, SettingsError, SnapshotWriteError
 
@@ -232,9 +232,11 @@ class RunLock:
         _held.discard(self)
         self._owner = None
         fd, self._fd = self._fd, -1
+        # The kernel lets go of descriptor and flock also when it reports an error.
         if fd >= 0:
-            os.close(fd)
-        self._flock.release(force=True)
+            close_after_reading(fd)
+        with contextlib.suppress(OSError):
+            self._flock.release(force=True)
 
     def _write_record(self, owner: Owner) -> None:
         """Write the record in place; what it says is what `owner` says from then on."""
@@ -274,7 +276,7 @@ class RunLock:
     def _close_in_child(self) -> None:
         """Close our inherited descriptor; filelock closes its own, and neither unlocks anything."""
         if self._fd >= 0:
-            os.close(self._fd)
+            close_after_reading(self._fd)
         self._fd = -1
         self._owner = None
 
@@ -299,7 +301,7 @@ def read_owner(path: Path) -> Owner | None:
     except (ValueError, RecursionError):  # torn or foreign: nothing is learnt, and the manifests know the generation
         return None
     finally:
-        os.close(fd)
+        close_after_reading(fd)
 
 
 def _stable_record(fd: int) -> bytes:

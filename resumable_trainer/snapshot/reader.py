@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import os
 from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
 
-from resumable_trainer.durable.digest import open_regular
+from resumable_trainer.durable.digest import reading
 from resumable_trainer.errors import DamagedSnapshotError
 from resumable_trainer.snapshot import strict_json
 from resumable_trainer.snapshot.layout import STATE, TENSORS_SUFFIX
@@ -69,7 +68,7 @@ class Reader:
     def _values(self) -> dict[str, object]:
         if STATE not in self._manifest.files:
             raise DamagedSnapshotError(f"the manifest lists no {STATE}", path=self._path)
-        with os.fdopen(open_regular(self._path / STATE), "rb") as file:
+        with reading(self._path / STATE) as file:
             data = file.read(MAX_STATE_BYTES + 1)
         try:
             values = strict_json.parse(data, max_bytes=MAX_STATE_BYTES)

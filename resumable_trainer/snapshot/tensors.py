@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, Self
 
 import torch
 
-from resumable_trainer.durable.digest import open_regular
+from resumable_trainer.durable.digest import close_after_reading, open_regular
 from resumable_trainer.errors import DamagedSnapshotError
 from resumable_trainer.snapshot import strict_json
 
@@ -145,7 +145,7 @@ class TensorFile:
         try:
             self._start, self._infos = self._read_header()
         except BaseException:
-            os.close(self._fd)
+            close_after_reading(self._fd)
             raise
 
     def __enter__(self) -> Self:
@@ -158,7 +158,7 @@ class TensorFile:
 
     def close(self) -> None:
         """Close the file."""
-        os.close(self._fd)
+        close_after_reading(self._fd)
 
     def names(self) -> list[str]:
         """Names of the tensors, in the file's order."""

@@ -9,7 +9,7 @@ import os
 import stat
 from typing import TYPE_CHECKING
 
-from resumable_trainer.durable.digest import digest_file, open_regular
+from resumable_trainer.durable.digest import digest_file, reading
 from resumable_trainer.errors import DamagedSnapshotError
 from resumable_trainer.snapshot import manifest as manifest_module
 from resumable_trainer.snapshot.layout import MANIFEST
@@ -42,13 +42,12 @@ def read_manifest(path: Path) -> Manifest:
     if not stat.S_ISDIR(os.lstat(path).st_mode):
         raise _damaged(path, "it is not a directory")
     try:
-        fd = open_regular(path / MANIFEST)
+        with reading(path / MANIFEST) as file:
+            data = file.read(manifest_module.MAX_BYTES + 1)
     except FileNotFoundError:
         raise _damaged(path, f"{MANIFEST} is missing") from None
     except ValueError as error:
         raise _damaged(path, str(error)) from None
-    with os.fdopen(fd, "rb") as file:
-        data = file.read(manifest_module.MAX_BYTES + 1)
     try:
         manifest = manifest_module.from_bytes(data)
     except DamagedSnapshotError as error:
