@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
+_MEMORY = "/dev/shm"  # noqa: S108 - a directory of random name is made in it
 LAYERS = {
     "L1": "kill_points",
     "L2": "injected_errors",
@@ -76,7 +77,6 @@ def run_layer(name: str, lab: Lab) -> Count:
 @contextmanager
 def scratch_directory(*, in_memory: bool = True) -> Iterator[Path]:
     """A directory that is gone afterwards; in memory where there is such a place, as it is made anew often."""
-    shm = "/dev/shm"
-    parent = shm if in_memory and os.access(shm, os.W_OK) else None
+    parent = _MEMORY if in_memory and os.access(_MEMORY, os.W_OK) else None
     with tempfile.TemporaryDirectory(prefix="crash-lab-", dir=parent) as directory:
         yield Path(directory)

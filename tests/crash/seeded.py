@@ -1,0 +1,192 @@
+"""Deliberate faults in the code that commits, recovers and locks: a laboratory that misses one proves nothing.
+
+Each is put in by replacing a function of the package in this process, and taken out again on leaving.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from typing import TYPE_CHECKING, Any
+from unittest.mock import patch
+
+from resumable_trainer.durable import journal as journal_module
+from resumable_trainer.durable.files import Files, NewFile
+from resumable_trainer.durable.journal import Journal
+from resumable_trainer.loop.record import Record
+from resumable_trainer.manager import StateManager
+from resumable_trainer.snapshot import store, verify
+from resumable_trainer.snapshot.committer import Committer
+from resumable_trainer.snapshot.store import Store
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+    from pathlib import Path
+
+_sync, _sync_directory, _exit = Files.sync, Files.sync_directory, NewFile.__exit__
+
+
+def _nothing(*args: Any, **kwargs: Any) -> None:
+    """In place of what should be done."""
+
+
+def _name(fd: int) -> str:
+    return os.path.basename(os.readlink(f"/proc/self/fd/{fd}"))
+
+
+def _data_not_synced(self: Files, fd: int) -> None:
+    if not _name(fd).endswith(".safetensors"):
+        _sync(self, fd)
+
+
+def _manifest_not_synced(self: Files, fd: int) -> None:
+    if _name(fd) != "manifest.json":
+        _sync(self, fd)
+
+
+def _journal_not_synced(self: Files, fd: int) -> None:
+    if _name(fd) != "metrics.jsonl":
+        _sync(self, fd)
+
+
+def _new_directory_not_synced(self: Files, path: Path) -> None:
+    if not path.name.startswith(".tmp-"):
+        _sync_directory(self, path)
+
+
+def _parent_not_synced(self: Files, path: Path) -> None:
+    if path.name != "snapshots":
+        _sync_directory(self, path)
+
+
+def _sync_before_flush(self: NewFile, *error: Any) -> None:
+    """What a buffered writer does whose buffer is flushed by close: the last bytes come after the sync."""
+    self._files.sync(self._fd)
+    if (held := getattr(self, "held", b"")) and error[0] is None:
+        self._files.write(self._fd, held)
+    self._files.close(self._fd)
+
+
+def _buffered_write(self: NewFile, data: Any) -> None:
+    """Keep the last piece for the close."""
+    view = memoryview(data)
+    if view.nbytes:
+        view = view.cast("B")
+        self._digest.update(view)
+        held = getattr(self, "held", b"")
+        if held:
+            self._files.write(self._fd, held)
+        self.held = bytes(view)
+
+
+def _acknowledged_before_the_parent_is_synced(
+    files: Files, temporary: Path, final: Path, *, check: Callable[[], None]
+) -> None:
+    files.sync_directory(temporary)
+    check()
+    files.rename(temporary, final)
+
+
+def _retention_before_durable(self: Committer, flat: Any, facts: Any, hooks: Any) -> Any:
+    for name in self._store.names():
+        self._store.delete(name)
+    self._kept = []
+    return _commit(self, flat, facts, hooks)
+
+
+_commit = Committer.commit
+
+
+def _failed_sync_tried_again(self: Files, fd: int) -> None:
+    """The second call reports success for bytes that are lost; here the loss is played by cutting the file."""
+    try:
+        _sync(self, fd)
+    except OSError:
+        os.ftruncate(fd, 0)
+        _sync(self, fd)
+
+
+def _no_digest_check(path: Path) -> Any:
+    return verify.read_manifest(path)
+
+
+def _written_in_place(self: Store, name: str, *, token: str) -> Path:
+    self._root.mkdir(exist_ok=True)
+    final = self.path(name)
+    final.mkdir(exist_ok=True)
+    return final
+
+
+def _already_in_place(files: Files, temporary: Path, final: Path, *, check: Callable[[], None]) -> None:
+    files.sync_directory(temporary)
+    files.sync_directory(final.parent)
+
+
+def _generators_too_early(self: StateManager, found: Any, *, strictly: bool = True) -> Any:
+    """As if something drew from the generators after they were put back."""
+    import torch
+
+    report = _apply(self, found, strictly=strictly)
+    torch.rand(1)
+    return report
+
+
+_apply = StateManager.apply
+
+
+def _torn_tail_kept(fd: int, size: int) -> int:
+    return size
+
+
+def _quarantine_deletes(self: Store, name: str, reason: str) -> Path:
+    for other in self.names():
+        self.delete(other)
+    return self.path(name)
+
+
+def _set_aside_deletes(self: Store, names: Any, reason: str) -> Path:
+    for name in self.names():
+        self.delete(name)
+    return self.run_directory
+
+
+def _rewind_nothing(self: Record, mark: Any) -> bool:
+    return True
+
+
+def _first_found(self: Store, *, on_damage: Any) -> Any:
+    """The newest by name, whether it verifies or not."""
+    names = self.names()
+    return self.manifest(names[-1]) if names else None
+
+
+SEEDED: dict[str, tuple[tuple[object, str, Any], ...]] = {
+    "data files not synced": ((Files, "sync", _data_not_synced),),
+    "manifest not synced": ((Files, "sync", _manifest_not_synced),),
+    "journal not synced before the manifest": ((Files, "sync", _journal_not_synced),),
+    "new directory not synced": ((Files, "sync_directory", _new_directory_not_synced),),
+    "parent directory not synced": ((Files, "sync_directory", _parent_not_synced),),
+    "sync before flush": ((NewFile, "write", _buffered_write), (NewFile, "__exit__", _sync_before_flush)),
+    "acknowledged before the parent is synced": (
+        (store, "commit_directory", _acknowledged_before_the_parent_is_synced),
+    ),
+    "retention before durable": ((Committer, "commit", _retention_before_durable),),
+    "failed sync tried again": ((Files, "sync", _failed_sync_tried_again),),
+    "no digest check": ((store, "verify", _no_digest_check),),
+    "written in place": ((Store, "begin", _written_in_place), (store, "commit_directory", _already_in_place)),
+    "journal not rewound": ((Record, "rewind", _rewind_nothing),),
+    "generators restored too early": ((StateManager, "apply", _generators_too_early),),
+    "torn tail of a journal kept": ((journal_module, "_length_of_full_lines", _torn_tail_kept),),
+    "quarantine deletes": ((Store, "quarantine", _quarantine_deletes),),
+    "going back deletes": ((Store, "set_aside", _set_aside_deletes),),
+    "newest by name, not by digest": ((Store, "newest_valid", _first_found),),
+}
+
+
+@contextlib.contextmanager
+def seeded(name: str) -> Iterator[None]:
+    """Work with the fault of that name."""
+    with contextlib.ExitStack() as stack:
+        for owner, attribute, fault in SEEDED[name]:
+            stack.enter_context(patch.object(owner, attribute, fault))
+        yield
