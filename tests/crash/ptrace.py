@@ -26,7 +26,8 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 _NUMBERS = {
-    "open": 2, "close": 3, "write": 1, "pwrite64": 18, "writev": 20, "sendfile": 40, "flock": 73, "fsync": 74, "fdatasync": 75, "truncate": 76, "ftruncate": 77, "rename": 82, "mkdir": 83, "rmdir": 84, "creat": 85, "link": 86,
+    "open": 2, "close": 3, "write": 1, "pwrite64": 18, "writev": 20, "sendfile": 40, "flock": 73, "fsync": 74,
+    "fdatasync": 75, "truncate": 76, "ftruncate": 77, "rename": 82, "mkdir": 83, "rmdir": 84, "creat": 85, "link": 86,
     "unlink": 87, "symlink": 88, "chmod": 90, "fchmod": 91, "mknod": 133, "sync": 162, "openat": 257, "mkdirat": 258,
     "mknodat": 259, "unlinkat": 263, "renameat": 264, "linkat": 265, "symlinkat": 266, "fchmodat": 268,
     "sync_file_range": 277, "fallocate": 285, "pwritev": 296, "syncfs": 306, "renameat2": 316, "copy_file_range": 326,

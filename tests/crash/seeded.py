@@ -12,7 +12,6 @@ from unittest.mock import patch
 
 from resumable_trainer.durable import journal as journal_module
 from resumable_trainer.durable.files import Files, NewFile
-from resumable_trainer.durable.journal import Journal
 from resumable_trainer.loop.record import Record
 from resumable_trainer.manager import StateManager
 from resumable_trainer.snapshot import store, verify
@@ -111,9 +110,14 @@ def _no_digest_check(path: Path) -> Any:
 
 
 def _written_in_place(self: Store, name: str, *, token: str) -> Path:
-    self._root.mkdir(exist_ok=True)
+    """Over the newest snapshot, as a single file `last.pt` would be."""
     final = self.path(name)
-    final.mkdir(exist_ok=True)
+    if names := self.names():
+        os.rename(self.path(names[-1]), final)
+        for entry in final.iterdir():
+            entry.unlink()
+    else:
+        final.mkdir(parents=True)
     return final
 
 

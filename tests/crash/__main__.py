@@ -1,0 +1,74 @@
+"""The laboratory's command; started by scripts/crash_lab."""
+
+from __future__ import annotations
+
+import argparse
+import secrets
+import sys
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+from lab import LAYERS, Count, Lab, run_layer, scratch_directory
+from seeded import SEEDED, seeded
+
+_SHOWN = 20
+
+
+def main() -> int:
+    """Run what was asked for; 1 if a promise was broken, or a deliberate fault was missed."""
+    parser = argparse.ArgumentParser(prog="crash_lab", description=__doc__)
+    parser.add_argument("--long", action="store_true", help="the long form")
+    parser.add_argument("--layers", default=",".join(LAYERS), help=f"some of {','.join(LAYERS)}")
+    parser.add_argument("--seed", type=int, default=None, help="of what is drawn; printed")
+    parser.add_argument(
+        "--seeded", action="store_true", help="put in deliberate faults, and say which layer catches them"
+    )
+    options = parser.parse_args()
+    names = options.layers.split(",")
+    if unknown := [name for name in names if name not in LAYERS]:
+        parser.error(f"no such layer: {', '.join(unknown)}; there are {', '.join(LAYERS)}")
+    seed = options.seed if options.seed is not None else secrets.randbelow(10**6)
+    print(f"crash laboratory, {'long' if options.long else 'short'} form, seed {seed}", flush=True)
+    if options.seeded:
+        return _run_seeded(names, seed)
+    counts = [_run(name, Lab(long=options.long, seed=seed, scratch=Path())) for name in names]
+    skipped = sum(count.skipped is not None for count in counts)
+    broken = sum(len(count.violations) for count in counts)
+    print(f"{sum(count.tried for count in counts):,} faults tried, {broken} violations, {skipped} layers skipped")
+    return 1 if broken else 0
+
+
+def _run(name: str, lab: Lab) -> Count:
+    started = time.monotonic()
+    count = _in_scratch(name, lab)
+    print(f"{name}  {count}  {time.monotonic() - started:.0f} s", flush=True)
+    for line in count.violations[:_SHOWN]:
+        print(f"    {line}")
+    return count
+
+
+def _in_scratch(name: str, lab: Lab) -> Count:
+    with scratch_directory() as scratch:
+        return run_layer(name, Lab(long=lab.long, seed=lab.seed, scratch=scratch))
+
+
+def _run_seeded(names: list[str], seed: int) -> int:
+    missed = []
+    for fault in SEEDED:
+        caught = {}
+        for name in names:
+            with seeded(fault):
+                count = _in_scratch(name, Lab(long=False, seed=seed, scratch=Path()))
+            caught[name] = len(count.violations)
+        by = ", ".join(f"{name} {number}" for name, number in caught.items() if number) or "NOBODY"
+        print(f"{fault:45} caught by {by}", flush=True)
+        if not any(caught.values()):
+            missed.append(fault)
+    print(f"{len(SEEDED)} deliberate faults, {len(missed)} missed")
+    return 1 if missed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,68 @@
+"""The laboratory's layers in their short form, and that each of them can catch a fault."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+import ptrace
+from crash_states import judge
+from faults import Bench, benches
+from lab import LAYERS, Count, Lab, run_layer, scratch_directory
+from model import Model, UnmodelledCallError
+from seeded import seeded
+
+REASON = ptrace.why_not()
+pytestmark = pytest.mark.skipif(REASON is not None, reason=str(REASON))
+SEED = 3
+
+
+def run(name: str) -> Count:
+    with scratch_directory() as scratch:
+        return run_layer(name, Lab(long=False, seed=SEED, scratch=scratch))
+
+
+@pytest.mark.parametrize("layer", LAYERS)
+def test_no_promise_is_broken(layer: str) -> None:
+    count = run(layer)
+    assert count.violations == []
+    assert count.tried > 100
+
+
+def violations_of(bench: Bench) -> list[str]:
+    """Of all states that power loss may leave in one scenario, up to the first that breaks a promise."""
+    import random
+
+    model = Model(bench.root / "base", bench.directory, bench.act(lambda call, index: None, data=True).calls)
+    for at, survivors in model.states(model.points(), random.Random(0), num_random=0):
+        if broken := judge(bench, model.acked(at), model.disk(survivors)):
+            return broken
+    return []
+
+
+@pytest.mark.parametrize(
+    "fault",
+    [
+        "data files not synced",
+        "manifest not synced",
+        "new directory not synced",
+        "parent directory not synced",
+        "sync before flush",
+        "acknowledged before the parent is synced",
+        "retention before durable",
+        "written in place",
+    ],
+)
+def test_the_model_catches(fault: str) -> None:
+    with scratch_directory() as scratch, seeded(fault):
+        (bench,) = benches(Lab(long=False, seed=SEED, scratch=scratch), ["n-th snapshot"])
+        assert violations_of(bench)
+
+
+def test_a_call_that_the_model_does_not_know_is_said_and_not_skipped(tmp_path: Path) -> None:
+    with pytest.raises(UnmodelledCallError, match="linkat"):
+        Model(tmp_path / "none", tmp_path / "run", [ptrace.Call("linkat", str(tmp_path / "run/a"), result=0)])
