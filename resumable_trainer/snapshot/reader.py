@@ -5,12 +5,11 @@ from __future__ import annotations
 from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
 
-from resumable_trainer.durable.digest import reading
 from resumable_trainer.errors import DamagedSnapshotError
-from resumable_trainer.snapshot import strict_json
 from resumable_trainer.snapshot.layout import STATE, TENSORS_SUFFIX
 from resumable_trainer.snapshot.tensors import TensorFile
 from resumable_trainer.snapshot.tree import unflatten
+from resumable_trainer.snapshot.values import read_values
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -18,8 +17,6 @@ if TYPE_CHECKING:
     import torch
 
     from resumable_trainer.snapshot.manifest import Manifest
-
-MAX_STATE_BYTES = 256 << 20
 
 
 class Reader:
@@ -43,7 +40,7 @@ class Reader:
         Raises:
             DamagedSnapshotError: The files do not hold what the format says.
         """
-        values = self._values()
+        values = read_values(self._path, self._manifest)
         with ExitStack() as stack:
             open_files: dict[str, TensorFile] = {}
 
@@ -64,16 +61,3 @@ class Reader:
         if name not in self._manifest.files:
             raise DamagedSnapshotError(f"{STATE} speaks of {name!r}, the manifest does not", path=self._path)
         return TensorFile(self._path / name)
-
-    def _values(self) -> dict[str, object]:
-        if STATE not in self._manifest.files:
-            raise DamagedSnapshotError(f"the manifest lists no {STATE}", path=self._path)
-        with reading(self._path / STATE) as file:
-            data = file.read(MAX_STATE_BYTES + 1)
-        try:
-            values = strict_json.parse(data, max_bytes=MAX_STATE_BYTES)
-        except ValueError as error:
-            raise DamagedSnapshotError(f"{STATE}: {error}", path=self._path) from error
-        if not isinstance(values, dict):
-            raise DamagedSnapshotError(f"{STATE} is no object", path=self._path)
-        return values

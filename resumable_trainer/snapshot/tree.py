@@ -26,7 +26,8 @@ import numpy as np
 import torch
 
 from resumable_trainer.errors import UnsafeValueError
-from resumable_trainer.snapshot.tensors import MAX_NAME_BYTES, is_storable
+from resumable_trainer.snapshot.raw import MAX_NAME_BYTES
+from resumable_trainer.snapshot.tensors import is_storable
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping

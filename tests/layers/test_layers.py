@@ -39,6 +39,8 @@ TORCH_FREE = [
     "snapshot.verify",
     "snapshot.store",
     "snapshot.retention",
+    "snapshot.raw",
+    "snapshot.values",
     "metrics.averages",
     "metrics.early_stopping",
     "metrics.history",
