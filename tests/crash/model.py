@@ -2,8 +2,8 @@
 
 The model is the weakest that POSIX admits (the method is that of ALICE, Pillai et al., OSDI 2014): written
 bytes are safe once their file is synced, names once their directory is synced; anything else may be there or
-not, in any order, and the last write may be torn. A rename is atomic within a directory; across two, the new name may come
-without the old one going, never the reverse. Syncing a file says nothing about its name.
+not, in any order, and the last write may be torn. A rename is atomic within a directory; across two, the new
+name may come without the old one going, never the reverse. Syncing a file says nothing about its name.
 """
 
 from __future__ import annotations
