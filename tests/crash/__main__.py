@@ -51,7 +51,9 @@ def _run(name: str, lab: Lab) -> Count:
 
 def _in_scratch(name: str, lab: Lab) -> Count:
     with scratch_directory() as scratch:
-        return run_layer(name, Lab(long=lab.long, seed=lab.seed, scratch=scratch))
+        return run_layer(
+            name, Lab(long=lab.long, seed=lab.seed, scratch=scratch, say=lambda line: print(f"{name}  {line}"))
+        )
 
 
 def _run_seeded(names: list[str], seed: int) -> int:

@@ -63,10 +63,15 @@ class Bench:
         ]
 
 
-def benches(lab: Lab, names: Sequence[str] = tuple(SCENARIOS)) -> list[Bench]:
-    """A bench for each scenario, made ready."""
+def make_ready() -> None:
+    """What has to be done once before work is spread over forked processes."""
     torch.set_num_threads(1)  # a forked child has no thread pool
     oracle.golden_run()
+
+
+def benches(lab: Lab, names: Sequence[str] = tuple(SCENARIOS)) -> list[Bench]:
+    """A bench for each scenario, made ready."""
+    make_ready()
     made = [Bench(name, lab.scratch / name.replace(" ", "-")) for name in names]
     for bench in made:
         bench.prepare()

@@ -19,6 +19,8 @@ LAYERS = {
     "L1": "kill_points",
     "L2": "injected_errors",
     "L3": "crash_states",
+    "L4": "power_loss",
+    "L5": "block_replay",
 }
 
 
