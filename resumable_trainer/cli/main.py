@@ -73,6 +73,7 @@ def _parser() -> argparse.ArgumentParser:
     show = _add_looking(commands, "show", "what is in one snapshot", "resumable-trainer show runs/pima best")
     show.add_argument("which", nargs="?", default="latest", help="latest, best, a STEP, epoch:N or a name")
     _add_looking(commands, "verify", "check every byte; exit 65 if anything is damaged", "resumable-trainer verify")
+    _add_diff(commands)
     plot = _add_looking(commands, "plot", "draw the curves of a run", "resumable-trainer plot runs/pima -o pima.svg")
     plot.add_argument("-o", "--output", metavar="FILE", help="PNG, SVG or PDF (default: RUN_DIR/history.png)")
     stop = _add_looking(
@@ -95,6 +96,25 @@ def _add_looking(
     parser.add_argument("run_dir", nargs="?", metavar="RUN_DIR", help="default: the most recent run below runs/")
     parser.add_argument("--json", action="store_true", help="print JSON for programs")
     return parser
+
+
+def _add_diff(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    parser = commands.add_parser(
+        "diff",
+        help="what two snapshots differ in; exit 0 if nothing, 1 if something",
+        description="What two snapshots differ in: position, metrics, settings, every part tensor by tensor,"
+        " generators. Exit code 0 if they are the same, 1 if they differ. Which launch wrote them, and when, does not"
+        " count.",
+        epilog="examples:\n  resumable-trainer diff 400 latest            two snapshots of the most recent run\n"
+        "  resumable-trainer diff runs/a:best latest    two snapshots of runs/a\n"
+        "  resumable-trainer diff runs/a runs/b         the newest of two runs\n"
+        "  resumable-trainer diff runs/a:epoch:3 runs/b:epoch:3",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    words = "RUN_DIR, RUN_DIR:WHICH, WHICH (latest, best, a STEP, epoch:N), or the path of a snapshot"
+    parser.add_argument("a", metavar="A", help=words)
+    parser.add_argument("b", metavar="B", help="the same; WHICH alone is looked for in the run of A")
+    parser.add_argument("--json", action="store_true", help="print JSON for programs")
 
 
 def _add_starting(parser: argparse.ArgumentParser) -> None:

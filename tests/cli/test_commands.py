@@ -71,10 +71,10 @@ def test_run_kill_resume_and_look(tmp_path: Path) -> None:
         assert again.returncode == 0
         assert "already finished after 3 epochs, 12 steps" in again.stdout
         assert "| torch" not in again.stderr, "torch was imported"
-    for name in ("list", "status", "show", "verify"):
-        looked = command(tmp_path, name, "--json", PYTHONPROFILEIMPORTTIME="1")
-        assert looked.returncode == 0, looked.stderr
-        assert "| torch" not in looked.stderr, f"{name} imported torch"
+    for args in (["list"], ["status"], ["show"], ["verify"], ["diff", "4", "12"]):
+        looked = command(tmp_path, *args, "--json", PYTHONPROFILEIMPORTTIME="1")
+        assert looked.returncode == (1 if args[0] == "diff" else 0), looked.stderr
+        assert "| torch" not in looked.stderr, f"{args[0]} imported torch"
         json.loads(looked.stdout)
     assert listing(tmp_path / "runs") == before
 

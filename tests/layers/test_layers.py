@@ -48,7 +48,7 @@ TORCH_FREE = [
     "loop.launch",
     "loop.notices",
     "loop.triggers",
-    "report.summary",
+    *(f"report.{path.stem}" for path in sorted((PACKAGE / "report").glob("*.py")) if path.stem != "__init__"),
     *(f"cli.{path.stem}" for path in sorted((PACKAGE / "cli").glob("*.py")) if path.stem != "__init__"),
 ]
 
