@@ -48,8 +48,8 @@ class Disk:
         return guarded
 
     def fails(self, run: Run, *, call: str = "write", first: int, last: int = 10**9) -> None:
-        """Fail from one step on until another; what was asked for before gets through."""
-        if run.step == first:
+        """Fail from one step on until another; snapshots begun before either are settled first."""
+        if run.step in (first, last + 1):
             run._saver.settle()
         self.failing = call if first <= run.step <= last else ""
 
