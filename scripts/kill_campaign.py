@@ -145,6 +145,8 @@ def main() -> int:
         return run_here(args.one[0], Path(args.one[1]))
     seed = args.seed if args.seed is not None else random.SystemRandom().randrange(10**6)
     root = Path(tempfile.mkdtemp(prefix="kill-campaign-"))
+    # What killed processes leave lying about goes with it.
+    os.environ["TMPDIR"] = tempfile.tempdir = str(root)
     campaign = Campaign(root, seed)
     started = time.monotonic()
     chosen = args.job or list(jobs.JOBS)
