@@ -41,7 +41,14 @@ from resumable_trainer.snapshot.retention import Kept, to_delete
 from resumable_trainer.snapshot.store import Store
 from resumable_trainer.snapshot.tree import Flat, flatten
 from resumable_trainer.state import generators, modes, staging
-from resumable_trainer.state.parts import capture_part, check_parts, mismatches, restore_part, unfaithful
+from resumable_trainer.state.parts import (
+    RESERVED_NAMES,
+    capture_part,
+    check_parts,
+    mismatches,
+    restore_part,
+    unfaithful,
+)
 
 if TYPE_CHECKING:
     import os
@@ -101,6 +108,8 @@ class RestoreReport:
         sections: Sections beside the parts that were saved with it (the loop's own).
         quarantined: Damaged snapshots put aside on the way, with the reason for each.
         set_aside: Newer snapshots set aside because an older one was asked for.
+        absent: What a snapshot holds beside the parts, and this one does not (it was imported): it is as
+            the script left it.
         notes: Lines for a person: what could not be restored exactly.
     """
 
@@ -109,6 +118,7 @@ class RestoreReport:
     sections: Mapping[str, Any] = field(default_factory=dict)
     quarantined: Mapping[str, str] = field(default_factory=dict)
     set_aside: tuple[str, ...] = ()
+    absent: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
 
 
@@ -482,26 +492,29 @@ class StateManager:
         assert found.manifest is not None
         sections = Reader(self.store.path(found.manifest.name), found.manifest).sections()
         own = {name: sections.pop(name) for name in list(sections) if name in self.state}
-        others = {"generators", "gradients", "modes", "loop"}
         if strictly:
-            self._check_fit(found.manifest.name, own, [name for name in sections if name not in others])
+            unknown = [name for name in sections if name not in RESERVED_NAMES]
+            self._check_fit(found.manifest.name, own, unknown)
         notes = []
         for name, part in self.state.items():
             restore_part(name, part, own[name])
             if strictly:
                 notes += self._check_faithful(name, part, own[name])
-        modes.restore_modes(self.state, sections["modes"])
-        used = modes.restore_gradients(self.state, sections["gradients"])
+        if "modes" in sections:
+            modes.restore_modes(self.state, sections["modes"])
+        used = modes.restore_gradients(self.state, sections["gradients"]) if "gradients" in sections else set()
         if self._watch is not None:
             self._watch.resume(used)
         # Invariant: generators come last, so that nothing above can draw from what was restored.
-        notes += generators.restore_global(sections["generators"])
+        if "generators" in sections:
+            notes += generators.restore_global(sections["generators"])
         return RestoreReport(
             snapshot=found.snapshot,
             manifest=found.manifest,
             sections=sections,
             quarantined=found.quarantined,
             set_aside=found.set_aside,
+            absent=tuple(name for name in ("generators", "gradients", "modes") if name not in sections),
             notes=tuple(notes),
         )
 

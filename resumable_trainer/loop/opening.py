@@ -7,6 +7,7 @@ import json
 import math
 import secrets
 import socket
+from dataclasses import replace
 from os import getpid
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +15,7 @@ from resumable_trainer.durable.files import make_directories, move_directory, wr
 from resumable_trainer.durable.journal import Mark, read_rows
 from resumable_trainer.errors import DamagedSnapshotError
 from resumable_trainer.loop import identity, launch
+from resumable_trainer.loop.cursor import BatchLoop, Cursor
 from resumable_trainer.loop.record import EMPTY_MARK_DIGEST
 from resumable_trainer.snapshot.layout import METRICS, QUARANTINE, RUN_JSON
 from resumable_trainer.state import generators
@@ -24,7 +26,7 @@ if TYPE_CHECKING:
 
     from resumable_trainer.loop.launch import Command
     from resumable_trainer.loop.record import Record
-    from resumable_trainer.manager import StateManager
+    from resumable_trainer.manager import RestoreReport, StateManager
     from resumable_trainer.snapshot.manifest import Manifest
 
 
@@ -107,6 +109,28 @@ def lost_snapshots(directory: Path) -> list[str]:
         return []
     name = events["committed"]["snapshot"]
     return [f"warning {name} was committed here and is gone, with all others: starting over from nothing"]
+
+
+def with_loop(report: RestoreReport, record: Record, seed: int) -> RestoreReport:
+    """The report with a loop's own section: made from the position if no `Run` wrote the snapshot.
+
+    One that was imported holds no generators either: they are seeded, as a fresh run does.
+    """
+    assert report.manifest is not None
+    if "generators" in report.absent:
+        generators.seed_global(seed)
+    if "loop" in report.sections:
+        return report
+    at = report.manifest.position
+    cursor = Cursor(at.epoch, at.batch, at.step, [BatchLoop(at.batch)] if at.batch else [])
+    loop: dict[str, Any] = {
+        "cursor": cursor.state_dict(),
+        "record": record.state_dict(),
+        "epoch_generators": generators.capture_global(),
+        "sources": [],
+        "ended_by_break_at": None,
+    }
+    return replace(report, sections={**report.sections, "loop": loop})
 
 
 def rewind(manager: StateManager, record: Record, manifest: Manifest) -> list[str]:

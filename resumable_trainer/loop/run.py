@@ -187,7 +187,8 @@ class Run:
         drift = identity.drift(self._saved_facts, self._facts)
         drift += identity.settings_drift(manifest.settings, self._settings)
         self._refuse_drift(drift)
-        report = self._manager.apply(found)
+        applied = self._manager.apply(found)
+        report = opening.with_loop(applied, self._record, self._seed)
         self._manager.set_aside(report.set_aside, reason=f"going back to {report.snapshot}")
         lines = opening.rewind(self._manager, self._record, manifest)
         self._load_loop(report.sections["loop"])
@@ -198,6 +199,7 @@ class Run:
         self._manager.lock.note_step(position.step)
         self._manager.note("resumed", snapshot=report.snapshot, **vars_of(position))
         self._screen.say(screen.banner(self.directory, self._state, self._facts))
+        lines = screen.begins_anew(applied, self._seed) + lines
         self._screen.say([*screen.resumed(report, self._record), *lines, *screen.drift(drift), *report.notes])
 
     def _refuse_drift(self, lines: list[str]) -> None:

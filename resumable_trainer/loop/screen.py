@@ -44,6 +44,18 @@ def resumed(report: RestoreReport, record: Record) -> list[str]:
     return lines
 
 
+def begins_anew(report: RestoreReport, seed: int) -> list[str]:
+    """What the snapshot does not hold, because no `Run` wrote it."""
+    words = {
+        "generators": f"generators (seeded with {seed})",
+        "gradients": "gradients",
+        "modes": "training modes",
+        "loop": "the loop's record (averages, best, early stopping)",
+    }
+    absent = [*report.absent, *([] if "loop" in report.sections else ["loop"])]
+    return [f"resume  not in the snapshot, so it begins anew: {', '.join(words[n] for n in absent)}"] if absent else []
+
+
 def swept(names: Sequence[str]) -> list[str]:
     """Unfinished snapshots of a process that died."""
     return (
