@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import os
+import sys
 import tempfile
 from collections import Counter
 from contextlib import contextmanager
@@ -21,7 +22,10 @@ LAYERS = {
     "L3": "crash_states",
     "L4": "power_loss",
     "L5": "block_replay",
+    "L7": "damage",
 }
+HOSTILE = Path(__file__).parents[1] / "hostile"  # where layers 7 and 8 are
+sys.path.append(str(HOSTILE))
 
 
 @dataclass(frozen=True)
