@@ -17,7 +17,7 @@ from model import Model, UnmodelledCallError
 from seeded import seeded
 
 REASON = ptrace.why_not()
-pytestmark = pytest.mark.skipif(REASON is not None, reason=str(REASON))
+pytestmark = [pytest.mark.skipif(REASON is not None, reason=str(REASON)), pytest.mark.timeout(900)]
 SEED = 3
 
 
