@@ -36,9 +36,23 @@ class Notices:
         self.pending = False  # the one flag that the loop polls between batches
         self._previous: dict[signal.Signals, Any] = {}
         self._pid = os.getpid()
+        self._num_runs = 0
+
+    def begin(self) -> None:
+        """A run is opened; runs may be opened within each other."""
+        if os.getpid() != self._pid:
+            self._num_runs = 0  # those are the parent's
+        self._num_runs += 1
+        self.install()
+
+    def end(self) -> None:
+        """A run is closed; the handlers go with the last one."""
+        self._num_runs -= 1
+        if not self._num_runs:
+            self._uninstall()
 
     def install(self) -> None:
-        """Stand in for SIGTERM, SIGINT and SIGUSR1; a second call changes nothing.
+        """Stand in for SIGTERM, SIGINT and SIGUSR1 until the last run ends; a second call changes nothing.
 
         A SIGINT that is ignored (a job in the background of a shell) stays ignored. Outside the main
         thread Python allows no handlers: then none are installed, and the run is not notified.
@@ -53,7 +67,7 @@ class Notices:
             self._previous[number] = current
             signal.signal(number, self._handle)
 
-    def uninstall(self) -> None:
+    def _uninstall(self) -> None:
         """Put back what stood there before, unless somebody has replaced ours since."""
         if threading.current_thread() is not threading.main_thread():
             return
@@ -72,9 +86,10 @@ class Notices:
         self.leave, self.save, self.pending = None, False, False
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        if os.getpid() != self._pid:
-            return  # a forked child that has not set its own handlers yet: the notice is the parent's
         name = signal.Signals(number)
+        if os.getpid() != self._pid:
+            self._handle_in_child(name, frame)
+            return
         if name in _LEAVE and self.leave is not None:
             _leave_now(name)
         if name in _LEAVE:
@@ -85,6 +100,22 @@ class Notices:
         previous = self._previous.get(name)
         if callable(previous) and previous is not signal.default_int_handler:
             previous(number, frame)
+
+    def _handle_in_child(self, name: signal.Signals, frame: FrameType | None) -> None:
+        """In a forked child that has set no handlers of its own.
+
+        What was sent to the whole group is the trainer's. But a SIGTERM may be meant for this child
+        alone (`Process.terminate()`, a pool that closes), and must end it, or whoever waits for its end waits
+        for ever.
+        """
+        if name != signal.SIGTERM:
+            return
+        previous = self._previous.get(name)
+        if callable(previous):
+            previous(int(name), frame)
+            return
+        signal.signal(name, signal.SIG_DFL if previous is None else previous)
+        os.kill(os.getpid(), name)
 
 
 def _leave_now(name: signal.Signals) -> None:

@@ -132,7 +132,7 @@ class Run:
 
     def __enter__(self) -> Self:
         self._reset()
-        notices.install()
+        notices.begin()
         install_excepthook(launch.process.note_failure)
         self._manager = StateManager(
             self.directory,
@@ -145,7 +145,7 @@ class Run:
             self._manager.open()
             self._open()
         except BaseException:
-            notices.uninstall()
+            notices.end()
             self._manager.close()
             raise
         return self
@@ -474,6 +474,11 @@ class Run:
         start = snapshot_name(self._cursor.position, epoch_complete=True)
         return self._cursor.step == 0 or self._manager.latest == start
 
+    def _is_saved(self) -> bool:
+        """Whether every batch trained so far is in a durable snapshot."""
+        here = snapshot_name(self._cursor.position, epoch_complete=False)
+        return self._report is not None or self._epoch_start_is_durable() or self._manager.latest == here
+
     # -- evaluation -------------------------------------------------------------------------------
 
     def evaluating(self, data: Any, *, batch_size: int | None = None) -> Iterator[Any]:
@@ -498,7 +503,13 @@ class Run:
             yield batch
 
     def _leave_from_evaluation(self, number: signal.Signals) -> None:
-        """Save the state as it was before evaluation began; if it is gone, the last snapshot stands."""
+        """Save the state as it was before evaluation began; if it is gone, the last snapshot stands.
+
+        Where none was held (an evaluation at the top of an epoch, or one that not every epoch has),
+        training since the last snapshot would be lost: then the next boundary follows the notice.
+        """
+        if self._held is None and not self._is_saved():
+            return
         state = self._held.again() if self._held is not None else None
         if state is not None and self._in_epoch:
             self._saver.save_now(state, self._snapshot_facts(epoch_complete=False))
@@ -698,7 +709,7 @@ class Run:
         self._screen.close()
         self._shelf.close()
         self._watch.close()
-        notices.uninstall()
+        notices.end()
         if isinstance(error, Interrupted):
             notices.reset()  # in a notebook the process lives on, and the cell may be run again
         try:
