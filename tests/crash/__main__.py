@@ -6,10 +6,12 @@ import argparse
 import secrets
 import sys
 import time
+from collections import Counter
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent))
 
+from faults import make_ready
 from lab import LAYERS, Count, Lab, run_layer, scratch_directory
 from seeded import SEEDED, seeded
 
@@ -57,19 +59,26 @@ def _in_scratch(name: str, lab: Lab) -> Count:
 
 
 def _run_seeded(names: list[str], seed: int) -> int:
-    missed = []
+    """Every deliberate fault must be caught by a layer, and every layer that can be run here must catch one."""
+    make_ready()  # what is there before the faults strike comes from sound code
+    catches: Counter[str] = Counter()
+    missed, skipped = [], set()
     for fault in SEEDED:
-        caught = {}
+        found = {}
         for name in names:
             with seeded(fault):
                 count = _in_scratch(name, Lab(long=False, seed=seed, scratch=Path()))
-            caught[name] = len(count.violations)
-        by = ", ".join(f"{name} {number}" for name, number in caught.items() if number) or "NOBODY"
-        print(f"{fault:45} caught by {by}", flush=True)
-        if not any(caught.values()):
+            found[name] = len(count.violations)
+            catches[name] += bool(count.violations)
+            skipped |= {name} if count.skipped is not None else set()
+        by = ", ".join(f"{name} {number}" for name, number in found.items() if number)
+        print(f"{fault:45} {'caught by ' + by if by else 'MISSED'}", flush=True)
+        if not by:
             missed.append(fault)
-    print(f"{len(SEEDED)} deliberate faults, {len(missed)} missed")
-    return 1 if missed else 0
+    idle = [name for name in names if not catches[name] and name not in skipped]
+    print(f"{len(SEEDED)} deliberate faults, {len(missed)} missed; caught by layer: {dict(catches)}")
+    print(f"layers that caught none: {', '.join(idle) or 'none'}; skipped: {', '.join(sorted(skipped)) or 'none'}")
+    return 1 if missed or idle else 0
 
 
 if __name__ == "__main__":

@@ -6,8 +6,10 @@ import functools
 import multiprocessing
 import os
 import shutil
+import tempfile
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
 import oracle
@@ -18,7 +20,6 @@ from scenarios import SCENARIOS
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
-    from pathlib import Path
 
     from lab import Lab
     from ptrace import Call, Fail, Outcome, Short
@@ -46,7 +47,7 @@ class Bench:
     def prepare(self) -> None:
         """Make the durable base once."""
         self.root.mkdir(parents=True)
-        SCENARIOS[self.scenario].prepare(self.root / "base")
+        lay_base(self.scenario, self.root / "base")
 
     def act(self, decide: Callable[[Call, int], Fail | Short | str | None], *, data: bool = False) -> Outcome:
         """Carry out the act on a fresh copy of the base."""
@@ -64,15 +65,36 @@ class Bench:
 
 
 def make_ready() -> None:
-    """What has to be done once before work is spread over forked processes."""
+    """What is done once: before work is spread over forked processes, and before a deliberate fault is put in."""
     torch.set_num_threads(1)  # a forked child has no thread pool
     oracle.golden_run()
+    for scenario in SCENARIOS:
+        _base(scenario)
 
 
-def benches(lab: Lab, names: Sequence[str] = tuple(SCENARIOS)) -> list[Bench]:
-    """A bench for each scenario, made ready."""
+def lay_base(scenario: str, directory: Path) -> None:
+    """Put down a scenario's run directory as it is before the act; nothing if there is none yet."""
+    for path, data in _base(scenario):
+        if data is None:
+            (directory / path).mkdir()
+        else:
+            (directory / path).write_bytes(data)
+
+
+@functools.cache
+def _base(scenario: str) -> list[tuple[str, bytes | None]]:
+    """Paths in a scenario's run directory, parents first, with their bytes; None for directories."""
+    with tempfile.TemporaryDirectory() as scratch:
+        directory = Path(scratch) / "run"
+        SCENARIOS[scenario].prepare(directory)
+        paths = [directory, *sorted(directory.rglob("*"))] if directory.exists() else []
+        return [(os.path.relpath(path, directory), None if path.is_dir() else path.read_bytes()) for path in paths]
+
+
+def benches(lab: Lab) -> list[Bench]:
+    """A bench for each scenario wanted, made ready."""
     make_ready()
-    made = [Bench(name, lab.scratch / name.replace(" ", "-")) for name in names]
+    made = [Bench(name, lab.scratch / name.replace(" ", "-")) for name in lab.scenarios or SCENARIOS]
     for bench in made:
         bench.prepare()
     return made

@@ -37,12 +37,14 @@ class Lab:
         seed: Of whatever is drawn.
         scratch: An empty directory of its own.
         say: Shows a line of progress.
+        scenarios: Names of those to be used; None: all.
     """
 
     long: bool
     seed: int
     scratch: Path
     say: Callable[[str], None] = lambda line: None
+    scenarios: tuple[str, ...] | None = None
 
 
 @dataclass

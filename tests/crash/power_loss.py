@@ -17,7 +17,6 @@ import real_disks
 from faults import Bench, in_parallel, make_ready
 from lab import Count
 from real_disks import DROP_LOG, FLUSH_LOG, KINDS
-from scenarios import SCENARIOS
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -35,7 +34,7 @@ def run(lab: Lab) -> Count:
         return Count(skipped=reason)
     make_ready()
     kinds = real_disks.usable(lab.say, [kind for kind in KINDS if kind.shuts_down])
-    pairs = real_disks.pairs(kinds, list(SCENARIOS), lab)
+    pairs = real_disks.pairs(kinds, lab)
     disks = [_Disk(kind, mode, name, lab.scratch) for kind, name in pairs for mode in _MODES]
     return in_parallel(_Cuts(_LONG_POINTS if lab.long else _SHORT_POINTS, lab.seed), disks)
 

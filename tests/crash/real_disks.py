@@ -23,6 +23,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from scenarios import SCENARIOS
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
@@ -139,8 +141,9 @@ def usable(say: Callable[[str], None], kinds: Sequence[Kind]) -> list[Kind]:
     return [kind for kind in kinds if kind.missing() is None]
 
 
-def pairs(kinds: Sequence[Kind], names: Sequence[str], lab: Lab) -> list[tuple[Kind, str]]:
+def pairs(kinds: Sequence[Kind], lab: Lab) -> list[tuple[Kind, str]]:
     """Scenarios and where they are carried out: everywhere in the long form, each on one kind in the short."""
+    names = lab.scenarios or tuple(SCENARIOS)
     if lab.long:
         return [(kind, name) for kind in kinds for name in names]
     return [(kinds[(lab.seed + place) % len(kinds)], name) for place, name in enumerate(names)]

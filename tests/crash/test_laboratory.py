@@ -61,7 +61,7 @@ def violations_of(bench: Bench) -> list[str]:
 )
 def test_the_model_catches(fault: str) -> None:
     with scratch_directory() as scratch, seeded(fault):
-        (bench,) = benches(Lab(long=False, seed=SEED, scratch=scratch), ["n-th snapshot"])
+        (bench,) = benches(Lab(long=False, seed=SEED, scratch=scratch, scenarios=("n-th snapshot",)))
         assert violations_of(bench)
 
 
