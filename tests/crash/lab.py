@@ -23,6 +23,7 @@ LAYERS = {
     "L4": "power_loss",
     "L5": "block_replay",
     "L7": "damage",
+    "L9": "random_kills",
 }
 HOSTILE = Path(__file__).parents[1] / "hostile"  # where layers 7 and 8 are
 sys.path.append(str(HOSTILE))

@@ -12,6 +12,7 @@ from unittest.mock import patch
 
 from resumable_trainer.durable import journal as journal_module
 from resumable_trainer.durable.files import Files, NewFile
+from resumable_trainer.durable.lock import RunLock
 from resumable_trainer.loop.record import Record
 from resumable_trainer.manager import StateManager
 from resumable_trainer.snapshot import store, verify
@@ -164,6 +165,15 @@ def _first_found(self: Store, *, on_damage: Any) -> Any:
     return self.manifest(names[-1]) if names else None
 
 
+def _lock_inherited(self: RunLock) -> None:
+    """As if nothing closed the lock's descriptor in forked children: a copy of it that nobody knows of."""
+    _take(self)
+    os.dup(self._flock._context.lock_file_fd)
+
+
+_take = RunLock._take
+
+
 SEEDED: dict[str, tuple[tuple[object, str, Any], ...]] = {
     "data files not synced": ((Files, "sync", _data_not_synced),),
     "manifest not synced": ((Files, "sync", _manifest_not_synced),),
@@ -183,6 +193,7 @@ SEEDED: dict[str, tuple[tuple[object, str, Any], ...]] = {
     "torn tail of a journal kept": ((journal_module, "_length_of_full_lines", _torn_tail_kept),),
     "quarantine deletes": ((Store, "quarantine", _quarantine_deletes),),
     "going back deletes": ((Store, "set_aside", _set_aside_deletes),),
+    "lock inherited by workers": ((RunLock, "_take", _lock_inherited),),
     "newest by name, not by digest": ((Store, "newest_valid", _first_found),),
 }
 
