@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
     from resumable_trainer.report.difference import Difference, RowsDifference, SectionDifference, ValueChange
     from resumable_trainer.report.numbers import Distance
-    from resumable_trainer.report.selection import Selected
+    from resumable_trainer.snapshot.selected import Selected
 
 _DIFFERENT = 1
 _MAX_LINES = 20

@@ -74,6 +74,7 @@ def _parser() -> argparse.ArgumentParser:
     show.add_argument("which", nargs="?", default="latest", help="latest, best, a STEP, epoch:N or a name")
     _add_looking(commands, "verify", "check every byte; exit 65 if anything is damaged", "resumable-trainer verify")
     _add_diff(commands)
+    _add_fork(commands)
     plot = _add_looking(commands, "plot", "draw the curves of a run", "resumable-trainer plot runs/pima -o pima.svg")
     plot.add_argument("-o", "--output", metavar="FILE", help="PNG, SVG or PDF (default: RUN_DIR/history.png)")
     stop = _add_looking(
@@ -114,6 +115,23 @@ def _add_diff(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> 
     words = "RUN_DIR, RUN_DIR:WHICH, WHICH (latest, best, a STEP, epoch:N), or the path of a snapshot"
     parser.add_argument("a", metavar="A", help=words)
     parser.add_argument("b", metavar="B", help="the same; WHICH alone is looked for in the run of A")
+    parser.add_argument("--json", action="store_true", help="print JSON for programs")
+
+
+def _add_fork(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    parser = commands.add_parser(
+        "fork",
+        help="a new run from any snapshot of another",
+        description="Make a new run from a copy of a snapshot, with its metrics so far and its lineage recorded. The"
+        " other run is not touched, and may be training.",
+        epilog="examples:\n  resumable-trainer fork runs/pima runs/pima-2 --from best\n"
+        "  resumable-trainer resume runs/pima-2               the same command, continuing the fork\n"
+        "  resumable-trainer fork runs/a/set-aside/line-1/step-000000400 runs/b",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("run", metavar="RUN", help="RUN_DIR, RUN_DIR:WHICH, or the path of a snapshot")
+    parser.add_argument("new_run", metavar="NEW_RUN", help="the new run directory; the name must be free")
+    parser.add_argument("--from", dest="which", help="latest, best, a STEP or epoch:N (default: latest)")
     parser.add_argument("--json", action="store_true", help="print JSON for programs")
 
 

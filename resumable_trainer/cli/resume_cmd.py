@@ -19,13 +19,14 @@ if TYPE_CHECKING:
 def run(args: argparse.Namespace) -> int:
     """Continue; the exit code of the training."""
     directory = (require_run(Path(args.run_dir)) if args.run_dir else most_recent()).resolve()
-    command = launch.recorded_command(directory)
-    if command is None:
+    recorded = launch.recorded_start(directory)
+    if recorded is None:
         raise NotFoundError(
             f"{directory} does not say which command started it",
             path=directory,
             hint="start its script again; it continues",
         )
+    command = recorded.command
     check_target(command)
     if Path(command.python).exists() and not _same_interpreter(command.python):
         os.execv(  # noqa: S606 - no shell is wanted: the same process goes on as the recorded interpreter
@@ -33,9 +34,8 @@ def run(args: argparse.Namespace) -> int:
         )
     os.chdir(command.cwd)
     launch.process.handover.directory = directory
-    recorded = launch.last_events(directory, ("launched",))["launched"].get("directory")
-    if recorded is not None and Path(recorded) != directory:
-        launch.process.handover.moved[Path(recorded)] = directory
+    if recorded.directory != directory:
+        launch.process.handover.moved[recorded.directory] = directory
     return start(command, [directory], directory, args)
 
 

@@ -7,6 +7,7 @@ import struct
 from typing import TYPE_CHECKING, Any
 
 from resumable_trainer.cli.output import run_directory, size, table
+from resumable_trainer.report.summary import origin, origin_text
 from resumable_trainer.snapshot.layout import TENSORS_SUFFIX
 from resumable_trainer.snapshot.store import Store
 
@@ -25,7 +26,8 @@ def run(args: argparse.Namespace) -> int:
     fields = manifest.model_dump(mode="json")
     fields["path"] = str(store.path(manifest.name))
     fields["tensors"] = _tensors(store.path(manifest.name), manifest)
-    print(json.dumps(fields, indent=2) if args.json else _text(fields, manifest))
+    came_from = origin(directory)
+    print(json.dumps({**fields, **came_from}, indent=2) if args.json else _text(fields, manifest, came_from))
     return 0
 
 
@@ -40,7 +42,7 @@ def _tensors(path: Path, manifest: Manifest) -> dict[str, int]:
     return counts
 
 
-def _text(fields: dict[str, Any], manifest: Manifest) -> str:
+def _text(fields: dict[str, Any], manifest: Manifest, came_from: dict[str, Any]) -> str:
     at = manifest.position
     place = f"{at.epoch} epochs complete" if manifest.epoch_complete else f"epoch {at.epoch + 1}, batch {at.batch}"
     lines = [
@@ -49,6 +51,8 @@ def _text(fields: dict[str, Any], manifest: Manifest) -> str:
         f"created   {manifest.created} by generation {manifest.generation}, run {manifest.run_id}",
         f"parent    {manifest.parent or 'none'}",
     ]
+    if came_from:
+        lines.append(f"origin    {origin_text(came_from)}")
     if manifest.outcome:
         lines.append(f"outcome   {manifest.outcome.replace('_', ' ')}")
     if manifest.best:

@@ -18,7 +18,7 @@ from resumable_trainer.durable.lock import RunLock
 from resumable_trainer.errors import DamagedSnapshotError, ExitCode, NotFoundError, RunHeldError
 from resumable_trainer.loop import launch
 from resumable_trainer.loop.notices import install_excepthook, notices, report_error
-from resumable_trainer.report.summary import DEFAULT_ROOT, is_run, summarize
+from resumable_trainer.report.summary import DEFAULT_ROOT, is_run, runs_below, summarize
 from resumable_trainer.snapshot.layout import RUN_LOCK
 from resumable_trainer.snapshot.store import Store
 
@@ -49,21 +49,21 @@ def directories_of(command: Command) -> list[Path]:
     """Run directories that this command is recorded in, as far as they can be found without running it.
 
     A script that names its own directory is not run to learn which: looked at are the runs below
-    `runs/`, and every argument and every string in the script that names a run's directory.
+    `runs/`, and every argument and every string in the script that names a run's directory. A run
+    that was moved or forked is not found: the script would open another, only `resume` leads there.
     """
     found: dict[Path, None] = {}
     for candidate in _candidates(command):
         path = Path(command.cwd) / candidate
         if is_run(path):
-            recorded = launch.recorded_command(path)
-            if recorded is not None and recorded.same_work(command):
+            recorded = launch.recorded_start(path)
+            if recorded is not None and recorded.directory == path.resolve() and recorded.command.same_work(command):
                 found[path.resolve()] = None
     return list(found)
 
 
 def _candidates(command: Command) -> Iterator[str]:
-    root = Path(command.cwd) / DEFAULT_ROOT
-    yield from (str(path) for path in sorted(root.iterdir())) if root.is_dir() else ()
+    yield from map(str, runs_below(Path(command.cwd) / DEFAULT_ROOT))
     for argument in command.args:
         yield argument.partition("=")[2] if argument.startswith("-") and "=" in argument else argument
     yield from _strings_in(command.script)

@@ -6,7 +6,7 @@ import json
 from typing import TYPE_CHECKING
 
 from resumable_trainer.cli.output import run_directory
-from resumable_trainer.report.summary import RunSummary, summarize
+from resumable_trainer.report.summary import RunSummary, origin_text, summarize
 
 if TYPE_CHECKING:
     import argparse
@@ -21,6 +21,9 @@ def run(args: argparse.Namespace) -> int:
 
 def _lines(summary: RunSummary) -> list[str]:
     lines = [f"run     {summary.directory}", f"state   {summary.state.replace('_', ' ')}"]
+    origin = origin_text(summary.origin)
+    if origin is not None:
+        lines.append(f"origin  {origin}")
     newest = summary.newest
     if newest is None:
         lines.append("saved   no valid snapshot yet")

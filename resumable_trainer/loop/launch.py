@@ -182,6 +182,12 @@ def directory_for(named: str | os.PathLike[str] | None, command: Command) -> Pat
     return process.handover.moved.get(directory.resolve(), directory)
 
 
+def named_directory(directory: Path) -> Path:
+    """Where the script says that a run lies, wherever it has moved to."""
+    here = directory.resolve()
+    return next((named for named, now in process.handover.moved.items() if now == here), here)
+
+
 def source_digests(script: str | None) -> dict[str, str]:
     """Digest of every source file of the user's that this process has loaded, by absolute path.
 
@@ -235,12 +241,30 @@ def last_events(directory: Path, kinds: tuple[str, ...]) -> dict[str, dict[str, 
     return {kind: json.loads(line) for kind, line in newest.items()}
 
 
-def recorded_command(directory: Path) -> Command | None:
-    """The command that last started a run; None if it was never started from a script."""
-    launched = last_events(directory, ("launched",)).get("launched")
-    if launched is None or launched.get("command") is None:
+@dataclass(frozen=True)
+class Start:
+    """How a run is started.
+
+    Attributes:
+        command: What to start.
+        directory: Where that says the run lies, which is not where it is if it was moved or forked.
+    """
+
+    command: Command
+    directory: Path
+
+
+def recorded_start(directory: Path) -> Start | None:
+    """How a run was started last; a fork that never was, as the run that it comes from.
+
+    None if it was never started from a script.
+    """
+    events = last_events(directory, ("launched", "forked"))
+    newest = events.get("launched") or events.get("forked") or {}
+    if newest.get("command") is None:
         return None
-    return Command.from_json(launched["command"])
+    named = newest.get("directory")
+    return Start(Command.from_json(newest["command"]), directory.resolve() if named is None else Path(named))
 
 
 def command_is_done(directory: Path, command: Command | None = None) -> bool:

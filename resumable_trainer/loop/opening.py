@@ -75,7 +75,7 @@ def note_launch(manager: StateManager, command: Command) -> None:
     manager.note(
         "launched",
         command=recorded,
-        directory=str(manager.directory.resolve()),
+        directory=str(launch.named_directory(manager.directory)),
         pid=getpid(),
         host=socket.gethostname(),
         versions=identity.versions(),

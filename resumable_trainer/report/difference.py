@@ -23,9 +23,9 @@ from resumable_trainer.snapshot.values import read_values
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from resumable_trainer.report.selection import Selected
     from resumable_trainer.snapshot.manifest import Manifest
     from resumable_trainer.snapshot.raw import TensorInfo
+    from resumable_trainer.snapshot.selected import Selected
 
 _PIECE_ELEMENTS = 1 << 20
 _COMPARED = ("position", "epoch_complete", "outcome", "best", "metrics", "settings", "depends_on")

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from resumable_trainer.durable.digest import reading
+from resumable_trainer.durable.files import TEMPORARY_PREFIX
 from resumable_trainer.durable.journal import read_rows
 from resumable_trainer.durable.lock import Owner, is_alive, read_owner
 from resumable_trainer.errors import DamagedSnapshotError, NotFoundError
@@ -16,6 +19,7 @@ if TYPE_CHECKING:
     from resumable_trainer.snapshot.manifest import Manifest
 
 DEFAULT_ROOT = Path("runs")
+_MAX_IDENTITY_BYTES = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -80,13 +84,19 @@ def require_run(directory: Path) -> Path:
     return directory
 
 
+def runs_below(root: Path) -> list[Path]:
+    """Run directories below `root`; one in the making (a fork, an import) is none yet."""
+    entries = sorted(root.iterdir()) if root.is_dir() else []
+    return [path for path in entries if not path.name.startswith(TEMPORARY_PREFIX) and path.is_dir() and is_run(path)]
+
+
 def most_recent(root: Path = DEFAULT_ROOT) -> Path:
     """The run below `root` whose events are the newest.
 
     Raises:
         NotFoundError: There is none.
     """
-    runs = [path for path in sorted(root.iterdir()) if path.is_dir() and is_run(path)] if root.is_dir() else []
+    runs = runs_below(root)
     if not runs:
         raise NotFoundError(
             f"there is no run below {root.resolve()}", path=root, hint="name the run directory, or start one with run"
@@ -101,6 +111,30 @@ def last_event(directory: Path) -> dict[str, Any] | None:
     for row in read_rows(path) if path.exists() else ():
         last = row
     return last
+
+
+def origin(directory: Path) -> dict[str, Any]:
+    """Where a run comes from, if it did not begin by itself: "forked_from" or "imported_from", as in `run.json`."""
+    try:
+        with reading(directory / RUN_JSON) as file:
+            fields = json.loads(file.read(_MAX_IDENTITY_BYTES))
+    except (FileNotFoundError, ValueError):
+        return {}
+    known = ("forked_from", "imported_from")
+    found = {name: fields.get(name) for name in known} if isinstance(fields, dict) else {}
+    return {name: value for name, value in found.items() if isinstance(value, dict)}
+
+
+def origin_text(origin: dict[str, Any]) -> str | None:
+    """The same for people."""
+    if "forked_from" in origin:
+        found = origin["forked_from"]
+        return (
+            f"forked from {found.get('snapshot')} of {found.get('directory')} (run {found.get('run_id') or 'unnamed'})"
+        )
+    if "imported_from" in origin:
+        return f"imported from {origin['imported_from'].get('file')}"
+    return None
 
 
 def entries(directory: Path, *, verify: bool = True) -> list[Entry]:
@@ -163,6 +197,7 @@ class RunSummary:
         newest: The newest valid snapshot.
         holder: Who runs it now; None if nobody does.
         event: The newest event.
+        origin: Where it comes from, see `origin`.
     """
 
     directory: Path
@@ -170,6 +205,7 @@ class RunSummary:
     newest: Manifest | None
     holder: Owner | None
     event: dict[str, Any] | None
+    origin: dict[str, Any]
 
     def to_json(self) -> dict[str, Any]:
         """The object of `status --json`."""
@@ -195,6 +231,7 @@ class RunSummary:
                 "command": holder.command,
             },
             "last_event": self.event,
+            **self.origin,
         }
 
 
@@ -209,7 +246,7 @@ def summarize(directory: Path) -> RunSummary:
     holder = owner if owner is not None and is_alive(owner) is not False else None
     newest = newest_valid(directory)
     state = "running" if holder is not None else _state_at_rest(directory, newest)
-    return RunSummary(directory, state, newest, holder, last_event(directory))
+    return RunSummary(directory, state, newest, holder, last_event(directory), origin(directory))
 
 
 def _state_at_rest(directory: Path, newest: Manifest | None) -> str:

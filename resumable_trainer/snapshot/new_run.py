@@ -1,0 +1,146 @@
+"""A run directory that comes to be all at once: forks and imports. Free of torch.
+
+Everything is written below a temporary name beside the final one, synced, and then renamed. A kill at any
+point leaves either a whole run or a directory that nobody takes for one; the next attempt at the same
+name removes it, unless the process that is at it still lives.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import json
+import re
+import secrets
+from typing import TYPE_CHECKING, Any
+
+from resumable_trainer.durable.files import (
+    TEMPORARY_PREFIX,
+    Files,
+    commit_directory,
+    make_directories,
+    remove_tree,
+    write_new_file,
+)
+from resumable_trainer.durable.filesystem import bytes_on_disk, room
+from resumable_trainer.durable.lock import RunLock
+from resumable_trainer.errors import RunHeldError, SnapshotWriteError, UsageError
+from resumable_trainer.snapshot.layout import EVENTS, METRICS, RUN_JSON, RUN_LOCK
+from resumable_trainer.snapshot.store import Store
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Mapping
+    from pathlib import Path
+
+    from resumable_trainer.snapshot.manifest import FileEntry, Manifest
+
+_NUM_FILES = 8  # beside those of the snapshot: the run's own, and the directories
+_RUN_BYTES = 1 << 16
+
+
+class NewRun:
+    """A run directory in the making; see `new_run`.
+
+    Attributes:
+        path: Its temporary name.
+    """
+
+    def __init__(self, path: Path, files: Files) -> None:
+        self.path = path
+        self._files = files
+
+    def write_identity(self, fields: Mapping[str, Any], event: Mapping[str, Any]) -> None:
+        """Write `run.json`, and the first of its events."""
+        identity = json.dumps({"format": 1, **fields, "created": now("seconds")}, indent=2)
+        write_new_file(self._files, self.path / RUN_JSON, f"{identity}\n".encode())
+        row = json.dumps({**event, "time": now("milliseconds")}, separators=(",", ":"))
+        write_new_file(self._files, self.path / EVENTS, f"{row}\n".encode())
+
+    def write_metrics(self, data: bytes) -> None:
+        """Write the metric journal."""
+        write_new_file(self._files, self.path / METRICS, data)
+
+    def write_snapshot(
+        self, name: str, write: Callable[[Path], dict[str, FileEntry]], manifest: Callable[..., Manifest]
+    ) -> Manifest:
+        """Write the first snapshot, and read all of it again.
+
+        Args:
+            name: Its name.
+            write: Writes all files but the manifest into a directory, and says what they are.
+            manifest: The manifest, given what was written.
+
+        Returns:
+            The manifest as it was read back.
+        """
+        store = Store(self.path, files=self._files)
+        temporary = store.begin(name, token=secrets.token_hex(6))
+        store.write_manifest(temporary, manifest(write(temporary)))
+        store.commit(temporary, name, check=lambda: None)
+        return store.verify(name)
+
+
+@contextlib.contextmanager
+def new_run(directory: Path, *, num_bytes: int, files: Files | None = None) -> Iterator[NewRun]:
+    """Fill a run directory; it gets its name, durably, on leaving the block without an error.
+
+    Args:
+        directory: Its final name, which must be free.
+        num_bytes: What is going to be written, to look for room first.
+        files: Primitive operations.
+
+    Raises:
+        UsageError: The name is taken.
+        SnapshotWriteError: There is no room for it.
+    """
+    files = files if files is not None else Files()
+    final = directory.absolute()
+    _refuse_taken(final)
+    make_directories(files, final.parent)
+    _sweep(files, final)
+    _look_for_room(final, num_bytes)
+    temporary = final.with_name(f"{TEMPORARY_PREFIX}{final.name}-{secrets.token_hex(6)}")
+    files.make_directory(temporary)
+    try:
+        # Held under both names: nobody sweeps it meanwhile, and nobody starts it before it is whole.
+        with RunLock(temporary / RUN_LOCK, files=files).held_again():
+            yield NewRun(temporary, files)
+            commit_directory(files, temporary, final, check=lambda: _refuse_taken(final))
+    except BaseException:
+        with contextlib.suppress(OSError):  # what stays of it is swept by the next attempt
+            remove_tree(files, temporary)
+        raise
+
+
+def now(precision: str) -> str:
+    """The time in UTC, a label for people."""
+    return datetime.datetime.now(datetime.UTC).isoformat(timespec=precision)
+
+
+def _refuse_taken(final: Path) -> None:
+    if final.exists() or final.is_symlink():
+        raise UsageError(
+            f"{final} is there already, and a new run needs a directory of its own",
+            path=final,
+            hint="choose a name that is free; nothing was changed",
+        )
+
+
+def _sweep(files: Files, final: Path) -> None:
+    """Remove what killed attempts at the same name have left."""
+    pattern = re.compile(re.escape(f"{TEMPORARY_PREFIX}{final.name}-") + "[0-9a-f]{12}")
+    for entry in sorted(final.parent.iterdir()):
+        if pattern.fullmatch(entry.name) and entry.is_dir() and not entry.is_symlink():
+            with contextlib.suppress(RunHeldError), RunLock(entry / RUN_LOCK, files=files).held_again():
+                remove_tree(files, entry)
+
+
+def _look_for_room(final: Path, num_bytes: int) -> None:
+    found, needed = room(final.parent), num_bytes + _RUN_BYTES
+    if not found.holds(num_bytes=needed, files=_NUM_FILES):
+        raise SnapshotWriteError(
+            f"{final} was NOT made: it needs {bytes_on_disk(needed, files=_NUM_FILES):,} bytes,"
+            f" {found.num_bytes or 0:,} are free",
+            path=final,
+            hint="free space, or put it on another disk",
+        )
