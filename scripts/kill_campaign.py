@@ -46,7 +46,10 @@ class Campaign:
         if fresh_interpreter:
             with log.open("ab") as file:
                 command = [sys.executable, __file__, "--one", job, str(directory)]
-                return subprocess.Popen(command, stdout=file, stderr=file, start_new_session=True).pid
+                # An interpreter that gets SIGINT before it runs any of our code dies with a code of its own.
+                return subprocess.Popen(
+                    command, stdout=file, stderr=file, start_new_session=True, preexec_fn=hold_interrupts
+                ).pid
         pid = os.fork()
         if pid:
             return pid
@@ -108,9 +111,14 @@ class Campaign:
         shutil.rmtree(directory)
 
 
+def hold_interrupts() -> None:
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+
+
 def run_here(job: str, directory: Path) -> int:
     torch.set_num_threads(1)
     try:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
         jobs.JOBS[job](str(directory))
     except SystemExit as leaving:
         return int(leaving.code or 0)
