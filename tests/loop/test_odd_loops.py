@@ -32,7 +32,7 @@ def opened(directory: Path, small: Small) -> Run:
     return Run(directory, state=small.state, progress=False, snapshots=EVERY_STEP)
 
 
-@pytest.mark.parametrize("notice_at", [1, 2, 4, 6])
+@pytest.mark.parametrize("notice_at", [1, 3, 4, 6])
 def test_a_notice_in_an_evaluation_behind_two_loops_saves_the_end_of_the_second(tmp_path: Path, notice_at: int) -> None:
     def train(directory: Path, notice_at: int | None = None) -> None:
         small, evaluated = Small(), 0
@@ -48,7 +48,8 @@ def test_a_notice_in_an_evaluation_behind_two_loops_saves_the_end_of_the_second(
                 run.log_epoch(test_accuracy=epoch)
 
     train(tmp_path / "whole")
-    with pytest.raises(Preempted) if notice_at < 6 else contextlib.nullcontext():
+    # An epoch that follows one without evaluation holds no state for it: there the notice waits for the end.
+    with pytest.raises(Preempted) if notice_at <= 3 else contextlib.nullcontext():
         train(tmp_path / "run", notice_at)
     notices.reset()
     train(tmp_path / "run")
