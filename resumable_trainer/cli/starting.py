@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import ast
 import json
-import runpy
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -17,7 +16,8 @@ from resumable_trainer.durable.files import Files, remove_tree
 from resumable_trainer.durable.lock import RunLock
 from resumable_trainer.errors import DamagedSnapshotError, ExitCode, NotFoundError, RunHeldError
 from resumable_trainer.loop import launch
-from resumable_trainer.loop.notices import install_excepthook, notices, report_error
+from resumable_trainer.loop.notices import install_excepthook, notices
+from resumable_trainer.loop.script import run_script
 from resumable_trainer.report.summary import DEFAULT_ROOT, is_run, runs_below, summarize
 from resumable_trainer.snapshot.layout import RUN_LOCK
 from resumable_trainer.snapshot.store import Store
@@ -140,7 +140,7 @@ def start(command: Command, directories: list[Path], target: Path | None, args: 
             return int(ExitCode.DONE)
         raise
     install_excepthook(launch.process.note_failure)
-    code = _run_script(command)
+    code = run_script(command)
     launch.process.record_exit(code)
     _release_unused_locks()
     if target is not None and target.resolve() not in launch.process.opened:
@@ -201,31 +201,3 @@ def _newest_generation(directory: Path) -> int:
         except DamagedSnapshotError:
             continue
     return 0
-
-
-def _run_script(command: Command) -> int:
-    """Run the script as `python SCRIPT` would, in this process; its exit code."""
-    try:
-        if command.script is not None:
-            sys.argv = [command.script, *command.args]
-            sys.path.insert(0, str(Path(command.script).parent))
-            runpy.run_path(command.script, run_name="__main__")
-        else:
-            assert command.module is not None
-            sys.argv = [command.module, *command.args]
-            sys.path.insert(0, command.cwd)
-            runpy.run_module(command.module, run_name="__main__", alter_sys=True)
-    except SystemExit as leaving:
-        return _code_of(leaving)
-    except BaseException as error:  # noqa: BLE001 - the edge of the process: shown, and turned into an exit code
-        return report_error(type(error), error, error.__traceback__)
-    return int(ExitCode.DONE)
-
-
-def _code_of(leaving: SystemExit) -> int:
-    if leaving.code is None:
-        return int(ExitCode.DONE)
-    if isinstance(leaving.code, int):
-        return leaving.code
-    print(leaving.code, file=sys.stderr)
-    return 1

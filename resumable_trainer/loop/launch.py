@@ -17,13 +17,16 @@ import sys
 import sysconfig
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from resumable_trainer.durable.digest import digest_bytes
 from resumable_trainer.durable.journal import Journal
 from resumable_trainer.durable.lock import RunLock
 from resumable_trainer.errors import RunHeldError
 from resumable_trainer.snapshot.layout import EVENTS, RUN_LOCK
+
+if TYPE_CHECKING:
+    from resumable_trainer.loop.probe import Probe
 
 
 @dataclass(frozen=True)
@@ -94,6 +97,7 @@ class Handover:
         strict: Refuse on drift.
         locks: Locks already taken, by resolved run directory.
         moved: Where runs are now, by the resolved directory in which they were recorded.
+        probe: What examines the runs of this process; None for a training.
     """
 
     command: Command | None = None
@@ -104,6 +108,7 @@ class Handover:
     strict: bool = False
     locks: dict[Path, RunLock] = field(default_factory=dict)
     moved: dict[Path, Path] = field(default_factory=dict)
+    probe: Probe | None = None
 
     def applies_to(self, directory: Path) -> bool:
         """Whether `which` and `fresh` are meant for this run directory."""
@@ -176,10 +181,12 @@ def default_directory(command: Command) -> Path:
 
 def directory_for(named: str | os.PathLike[str] | None, command: Command) -> Path:
     """The run directory: the one that the script names (or where it has moved to), else the one handed over."""
+    handover = process.handover
     if named is None:
-        return process.handover.directory or default_directory(command)
-    directory = Path(named)
-    return process.handover.moved.get(directory.resolve(), directory)
+        directory = handover.directory or default_directory(command)
+    else:
+        directory = handover.moved.get(Path(named).resolve(), Path(named))
+    return directory if handover.probe is None else handover.probe.directory(directory)
 
 
 def named_directory(directory: Path) -> Path:
@@ -195,7 +202,7 @@ def source_digests(script: str | None) -> dict[str, str]:
     """
     digests = {}
     for file in [script, *(getattr(module, "__file__", None) for module in list(sys.modules.values()))]:
-        if file and _is_users(file):
+        if file and is_users(file):
             try:
                 digests[str(Path(file).resolve())] = digest_bytes(Path(file).read_bytes())
             except OSError:
@@ -211,7 +218,7 @@ def _foreign_roots() -> tuple[str, ...]:
     return tuple(f"{root}{os.sep}" for path in roots for root in (path, os.path.realpath(path)))
 
 
-def _is_users(file: str) -> bool:
+def is_users(file: str) -> bool:
     """Whether a source file is the user's, not the interpreter's, an installed package's or ours."""
     return file.endswith(".py") and not file.startswith(_foreign_roots())
 

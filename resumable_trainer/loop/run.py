@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import time
 from functools import partial
+from itertools import islice
 from typing import TYPE_CHECKING, Any, Self
 
 from resumable_trainer.durable import filesystem
@@ -46,6 +47,7 @@ if TYPE_CHECKING:
     from types import TracebackType
 
     from resumable_trainer.data.sources import Source
+    from resumable_trainer.loop.probe import Place
     from resumable_trainer.metrics.early_stopping import EarlyStopping
     from resumable_trainer.snapshot.tree import Flat
 
@@ -93,6 +95,9 @@ class Run:
         self._state = dict(state)
         self._seed = seed
         self._policy = snapshots if snapshots is not None else SnapshotPolicy()
+        self._probe = launch.process.handover.probe
+        if self._probe is not None:
+            self._policy = self._probe.policy(self._policy)
         self._early_stopping = early_stopping
         self._screen = Progress.for_choice(progress)
         self._strict = strict or launch.process.handover.strict
@@ -178,6 +183,8 @@ class Run:
             self._manager, self._policy, before_commit=self._record.sync, clock=self._clock, say=self._screen.say
         )
         self._entered = True
+        if self._probe is not None:
+            self._probe.opened(self)
 
     def _resume(self, found: RestoreReport) -> None:
         """Restore the chosen snapshot, and say what was found."""
@@ -246,8 +253,8 @@ class Run:
         self._settle()
         if self._in_epoch:
             raise UsageError("epochs: this run is within an epoch already", hint="one loop over epochs at a time")
-        self._total = total
-        return self._epochs(total, self._session)
+        self._total = total if self._probe is None else self._probe.total(total)
+        return self._epochs(self._total, self._session)
 
     def _epochs(self, total: int, session: object) -> Iterator[int]:
         self._check_session(session)
@@ -310,6 +317,7 @@ class Run:
         due = self._saver.is_due_after_epoch(self._cursor.epoch)
         if self.outcome is not None or due or self._snapshot_wanted or notices.pending:
             self._save(epoch_complete=True)
+        self._tell("epoch")
         if self.outcome is None and notices.leave is not None:
             self._leave(notices.leave, f"after epoch {self._cursor.epoch}")
 
@@ -400,6 +408,7 @@ class Run:
         for batch in iterator:
             watch.batch_begins()
             self._values, self._weight = {}, weigh(batch)
+            self._tell("batch", batch)
             try:
                 yield batch
             except GeneratorExit:
@@ -411,14 +420,25 @@ class Run:
             self._end_batch(loop)
             if notices.pending or self._snapshot_due():
                 self._boundary()
+            self._tell("step")
         self._end_batches(loop)
+        self._tell("batches")
 
     def _iterator(self, source: Source, loop: BatchLoop) -> Iterator[Any]:
         if loop.over:
             return iter(())
         if loop.done and source.skip_cost:
             self._screen.say([f"resume  {source.skip_cost} ({loop.done} here)"])
-        return source.batches(epoch=self._cursor.epoch, start=loop.done)
+        return self._shortened(source.batches(epoch=self._cursor.epoch, start=loop.done), done=loop.done)
+
+    def _shortened(self, batches: Iterator[Any], *, done: int = 0) -> Iterator[Any]:
+        if self._probe is None or self._probe.num_batches is None:
+            return batches
+        return islice(batches, max(0, self._probe.num_batches - done))
+
+    def _tell(self, place: Place, batch: Any = None) -> None:
+        if self._probe is not None:
+            self._probe.at(place, self, batch)
 
     def _refuse_ended(self, session: object) -> None:
         self._check_session(session)
@@ -497,7 +517,8 @@ class Run:
         return self._evaluating(source)
 
     def _evaluating(self, source: Source) -> Iterator[Any]:
-        for batch in source.batches(epoch=self._cursor.epoch):
+        for batch in self._shortened(source.batches(epoch=self._cursor.epoch)):
+            self._tell("evaluating", batch)
             if notices.leave is not None and self._values is None:
                 self._leave_from_evaluation(notices.leave)
             yield batch
@@ -539,6 +560,7 @@ class Run:
         if not self._in_epoch:
             raise UsageError("log_epoch: no epoch is under way")
         self._record.add_epoch_values(values)
+        self._tell("logged")
 
     @property
     def history(self) -> History:
@@ -578,6 +600,10 @@ class Run:
         """
         self._settle()
         self._snapshot_wanted = True
+
+    def captured(self) -> Flat:
+        """The whole state as a snapshot would hold it now, tensors live; for those who examine a run."""
+        return self._capture(epoch_complete=not self._in_epoch)
 
     def _capture(self, *, epoch_complete: bool) -> Flat:
         return self._manager.capture({"loop": self._loop_state(epoch_complete=epoch_complete)})

@@ -47,6 +47,8 @@ TORCH_FREE = [
     "metrics.plot",
     "loop.launch",
     "loop.notices",
+    "loop.probe",
+    "loop.script",
     "loop.triggers",
     *(f"report.{path.stem}" for path in sorted((PACKAGE / "report").glob("*.py")) if path.stem != "__init__"),
     *(f"cli.{path.stem}" for path in sorted((PACKAGE / "cli").glob("*.py")) if path.stem != "__init__"),
