@@ -27,11 +27,14 @@ def run(args: argparse.Namespace) -> int:
     a = select_by_words(args.a)
     b = select_by_words(args.b, beside=a.run)
     found = compare(a, b)
-    print(json.dumps(_as_json(a, b, found), indent=2) if args.json else "\n".join(_lines(a, b, found)))
+    print(
+        json.dumps(difference_as_json(a, b, found), indent=2) if args.json else "\n".join(difference_lines(a, b, found))
+    )
     return 0 if found.is_same else _DIFFERENT
 
 
-def _as_json(a: Selected, b: Selected, found: Difference) -> dict[str, Any]:
+def difference_as_json(a: Selected, b: Selected, found: Difference) -> dict[str, Any]:
+    """What `diff --json` prints."""
     return {
         "same": found.is_same,
         "a": _side(a),
@@ -54,7 +57,8 @@ def _change(change: ValueChange) -> dict[str, Any]:
     return {"place": change.place, **change.sides}
 
 
-def _lines(a: Selected, b: Selected, found: Difference) -> list[str]:
+def difference_lines(a: Selected, b: Selected, found: Difference) -> list[str]:
+    """What `diff` prints."""
     lines = [f"A  {a.path}", f"B  {b.path}"]
     for side in (a, b):
         lines += [f"passed over {name}: {reason}" for name, reason in side.skipped.items()]

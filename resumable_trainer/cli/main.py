@@ -68,11 +68,12 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     _add_run(commands)
     _add_resume(commands)
+    _add_doctor(commands)
     _add_looking(commands, "list", "the snapshots of a run, verified", "resumable-trainer list runs/pima")
     _add_looking(commands, "status", "where a run stands, and who runs it", "resumable-trainer status --json")
     show = _add_looking(commands, "show", "what is in one snapshot", "resumable-trainer show runs/pima best")
     show.add_argument("which", nargs="?", default="latest", help="latest, best, a STEP, epoch:N or a name")
-    _add_looking(commands, "verify", "check every byte; exit 65 if anything is damaged", "resumable-trainer verify")
+    _add_verify(commands)
     _add_diff(commands)
     _add_fork(commands)
     plot = _add_looking(commands, "plot", "draw the curves of a run", "resumable-trainer plot runs/pima -o pima.svg")
@@ -97,6 +98,22 @@ def _add_looking(
     parser.add_argument("run_dir", nargs="?", metavar="RUN_DIR", help="default: the most recent run below runs/")
     parser.add_argument("--json", action="store_true", help="print JSON for programs")
     return parser
+
+
+def _add_verify(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    parser = _add_looking(
+        commands,
+        "verify",
+        "check every byte; --replay: train a stretch once more and compare",
+        "resumable-trainer verify                            exit 65 if anything is damaged\n"
+        "  resumable-trainer verify runs/pima --replay          from the last snapshot but one to the last\n"
+        "  resumable-trainer verify runs/pima --replay --from 400   exit 1 if it does not come to the same",
+    )
+    parser.add_argument(
+        "--replay", action="store_true", help="train a copy from one snapshot to the next, and compare both"
+    )
+    parser.add_argument("--from", dest="which", help="with --replay: latest, best, a STEP or epoch:N to begin from")
+    parser.add_argument("--timeout", type=float, default=86400.0, metavar="S", help="of the replay (default: a day)")
 
 
 def _add_diff(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -161,9 +178,41 @@ def _add_run(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
     parser.add_argument("--fresh", action="store_true", help="set all snapshots aside (nothing is deleted) and begin")
     parser.add_argument("--from", dest="which", default="latest", help="latest, best, a STEP or epoch:N")
     _add_starting(parser)
+    _add_target(parser)
+
+
+def _add_target(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("-m", dest="module", action="store_true", help="TARGET is a module, as in python -m")
     parser.add_argument("target", metavar="TARGET", help="SCRIPT.py, or MODULE after -m")
     parser.add_argument("args", nargs=argparse.REMAINDER, metavar="...", help="arguments of the script")
+
+
+def _add_doctor(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    parser = commands.add_parser(
+        "doctor",
+        help="does this job resume exactly? kills it to find out; exit 0 only if it does",
+        description="Run the script for a few steps without interruption, then again with kills in nasty places and"
+        " resumes, compare everything, and say whether this job resumes exactly; if not, what differs and why. Works in"
+        " a scratch directory beside the run directory; an existing run is not touched. What the script itself writes"
+        " elsewhere, it writes.",
+        epilog="examples:\n  resumable-trainer doctor train.py --lr 0.1\n"
+        "  resumable-trainer doctor --batches 20 -m my.training\n\n"
+        "exit code 0 only if every resume was exact, 1 if one was not, 70 if the script fails by itself",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--epochs", type=_count, default=3, metavar="N", help="epochs to train (default: 3)")
+    parser.add_argument("--batches", type=_count, default=6, metavar="N", help="batches per loop (default: 6)")
+    parser.add_argument("--timeout", type=float, default=1800.0, metavar="S", help="seconds per start (default: 1800)")
+    parser.add_argument("--keep", action="store_true", help="leave the scratch directory to be looked at")
+    parser.add_argument("--json", action="store_true", help="print JSON for programs")
+    _add_target(parser)
+
+
+def _count(text: str) -> int:
+    number = int(text)
+    if number < 2:
+        raise argparse.ArgumentTypeError("at least 2")
+    return number
 
 
 def _add_resume(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import os
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from resumable_trainer.cli.starting import check_target, start
+from resumable_trainer.cli.starting import check_target, go_on_as, start
 from resumable_trainer.errors import NotFoundError
 from resumable_trainer.loop import launch
 from resumable_trainer.report.summary import most_recent, require_run
@@ -28,20 +27,12 @@ def run(args: argparse.Namespace) -> int:
         )
     command = recorded.command
     check_target(command)
-    if Path(command.python).exists() and not _same_interpreter(command.python):
-        os.execv(  # noqa: S606 - no shell is wanted: the same process goes on as the recorded interpreter
-            command.python, [command.python, "-m", "resumable_trainer", *_arguments(args, directory)]
-        )
+    go_on_as(command.python, _arguments(args, directory))
     os.chdir(command.cwd)
     launch.process.handover.directory = directory
     if recorded.directory != directory:
         launch.process.handover.moved[recorded.directory] = directory
     return start(command, [directory], directory, args)
-
-
-def _same_interpreter(python: str) -> bool:
-    """By name, not by what a link leads to: the python of a virtual environment is a link to another's."""
-    return Path(python).absolute() == Path(sys.executable).absolute()
 
 
 def _arguments(args: argparse.Namespace, directory: Path) -> list[str]:

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from resumable_trainer.cli.starting import check_target, directories_of, directory_to_be, start
+from resumable_trainer.cli.starting import check_target, command_of, directories_of, directory_to_be, start
 from resumable_trainer.loop import launch
 from resumable_trainer.report.summary import is_run
 
@@ -16,9 +15,7 @@ if TYPE_CHECKING:
 
 def run(args: argparse.Namespace) -> int:
     """Start or continue; the exit code of the training."""
-    script = None if args.module else str(Path(args.target).resolve())
-    module = args.target if args.module else None
-    command = launch.Command(sys.executable, script, module, tuple(args.args), str(Path.cwd()))
+    command = command_of(args)
     check_target(command)
     target = None if args.run_dir is None else Path(args.run_dir)
     launch.process.handover.directory = target or launch.default_directory(command)

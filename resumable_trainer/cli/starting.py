@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ast
 import json
+import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -29,6 +30,13 @@ if TYPE_CHECKING:
     from resumable_trainer.loop.launch import Command
 
 
+def command_of(args: argparse.Namespace) -> Command:
+    """The command named by TARGET, `-m` and the arguments behind it."""
+    script = None if args.module else str(Path(args.target).resolve())
+    module = args.target if args.module else None
+    return launch.Command(sys.executable, script, module, tuple(args.args), str(Path.cwd()))
+
+
 def check_target(command: Command) -> None:
     """Refuse what cannot be started.
 
@@ -43,6 +51,15 @@ def check_target(command: Command) -> None:
         )
     if command.script is not None and not Path(command.script).is_file():
         raise NotFoundError(f"the script {command.script} is not there", path=command.script)
+
+
+def go_on_as(python: str, arguments: list[str]) -> None:
+    """Become the interpreter that a command was recorded with, with the same command line; return if we are it.
+
+    Compared by name, not by what a link leads to: the python of a virtual environment is a link to another's.
+    """
+    if Path(python).exists() and Path(python).absolute() != Path(sys.executable).absolute():
+        os.execv(python, [python, "-m", "resumable_trainer", *arguments])  # noqa: S606 - no shell is wanted
 
 
 def directories_of(command: Command) -> list[Path]:

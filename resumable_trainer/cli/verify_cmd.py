@@ -1,13 +1,23 @@
-"""`verify`: check every byte of a run's snapshots, and its metric journal against their marks."""
+"""`verify`: check every byte of a run's snapshots, and its metric journal against their marks.
+
+With `--replay` a stretch of the run is trained once more, in a copy, and compared with what was recorded: exit
+code 0 if it is the same to the bit, 1 if it is not.
+"""
 
 from __future__ import annotations
 
 import json
+import sys
 from typing import TYPE_CHECKING, Any
 
+from resumable_trainer.cli.diff_cmd import difference_as_json, difference_lines
 from resumable_trainer.cli.output import run_directory
+from resumable_trainer.cli.starting import check_target, go_on_as
 from resumable_trainer.durable.digest import Digest
-from resumable_trainer.errors import ExitCode
+from resumable_trainer.errors import ExitCode, NotFoundError, UsageError
+from resumable_trainer.loop import launch
+from resumable_trainer.proof.replay import replayed, stretch
+from resumable_trainer.report.difference import compare
 from resumable_trainer.report.summary import Entry, entries
 from resumable_trainer.snapshot.layout import METRICS
 
@@ -16,11 +26,16 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 _CHUNK_BYTES = 1 << 20
+_DIFFERENT = 1
 
 
 def run(args: argparse.Namespace) -> int:
     """Print what is valid and what is not; 65 if anything is damaged."""
     directory = run_directory(args)
+    if args.replay:
+        return _replay(directory, args)
+    if args.which is not None:
+        raise UsageError("verify: --from goes with --replay")
     found = entries(directory)
     reason = _journal_damage(directory, found)
     damaged = [entry for entry in found if entry.reason is not None]
@@ -33,6 +48,39 @@ def run(args: argparse.Namespace) -> int:
             print(f"{METRICS}: {'valid' if reason is None else 'DAMAGED: ' + reason}")
         print(f"{len(found) - len(damaged)} of {len(found)} snapshots are valid")
     return int(ExitCode.NO_VALID_SNAPSHOT) if damaged or reason else int(ExitCode.DONE)
+
+
+def _replay(directory: Path, args: argparse.Namespace) -> int:
+    """Train from one snapshot to the next, and say whether both are the same."""
+    start = launch.recorded_start(directory)
+    if start is None:
+        raise NotFoundError(
+            f"{directory} does not say which command started it, so it cannot be replayed", path=directory
+        )
+    check_target(start.command)
+    go_on_as(start.command.python, [*sys.argv[1:]])
+    begin, recorded = stretch(directory, args.which)
+    if not args.json:
+        print(f"replay  {begin.manifest.name} -> {recorded.manifest.name} of {directory}", flush=True)
+    with replayed(begin, recorded, start, timeout_seconds=args.timeout) as replay:
+        found = compare(recorded, replay.made)
+        fields = difference_as_json(recorded, replay.made, found)
+    is_same = found.rows.is_same and all(section.is_same for section in found.sections)
+    if args.json:
+        names = {"from": begin.manifest.name, "to": recorded.manifest.name}
+        print(json.dumps({"run_dir": str(directory), **names, "exact": is_same, "difference": fields}, indent=2))
+        return 0 if is_same else _DIFFERENT
+    for line in difference_lines(recorded, replay.made, found) if not is_same else ():
+        print(line)
+    steps = recorded.manifest.position.step - begin.manifest.position.step
+    tensors = sum(section.num_tensors for section in found.sections)
+    if is_same:
+        print(
+            f"exact   {steps} steps trained once more gave the same: {tensors} tensors, all values, {found.rows.a} rows"
+        )
+    else:
+        print(f"NOT exact: {steps} steps trained once more do not give what was recorded; doctor looks for the cause")
+    return 0 if is_same else _DIFFERENT
 
 
 def _as_json(directory: Path, found: list[Entry], reason: str | None) -> dict[str, Any]:

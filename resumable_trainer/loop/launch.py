@@ -26,6 +26,8 @@ from resumable_trainer.errors import RunHeldError
 from resumable_trainer.snapshot.layout import EVENTS, RUN_LOCK
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from resumable_trainer.loop.probe import Probe
 
 
@@ -97,7 +99,7 @@ class Handover:
         strict: Refuse on drift.
         locks: Locks already taken, by resolved run directory.
         moved: Where runs are now, by the resolved directory in which they were recorded.
-        probe: What examines the runs of this process; None for a training.
+        probe: Gives what examines the runs of this process; None for a training.
     """
 
     command: Command | None = None
@@ -108,7 +110,7 @@ class Handover:
     strict: bool = False
     locks: dict[Path, RunLock] = field(default_factory=dict)
     moved: dict[Path, Path] = field(default_factory=dict)
-    probe: Probe | None = None
+    probe: Callable[[], Probe] | None = None
 
     def applies_to(self, directory: Path) -> bool:
         """Whether `which` and `fresh` are meant for this run directory."""
@@ -186,7 +188,7 @@ def directory_for(named: str | os.PathLike[str] | None, command: Command) -> Pat
         directory = handover.directory or default_directory(command)
     else:
         directory = handover.moved.get(Path(named).resolve(), Path(named))
-    return directory if handover.probe is None else handover.probe.directory(directory)
+    return directory if handover.probe is None else handover.probe().directory(directory)
 
 
 def named_directory(directory: Path) -> Path:

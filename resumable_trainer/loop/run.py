@@ -95,7 +95,8 @@ class Run:
         self._state = dict(state)
         self._seed = seed
         self._policy = snapshots if snapshots is not None else SnapshotPolicy()
-        self._probe = launch.process.handover.probe
+        probe = launch.process.handover.probe
+        self._probe = None if probe is None else probe()
         if self._probe is not None:
             self._policy = self._probe.policy(self._policy)
         self._early_stopping = early_stopping
@@ -406,9 +407,9 @@ class Run:
         self._boundary()
         weigh, watch = source.weight, self._watch
         for batch in iterator:
+            self._tell("batch", batch)
             watch.batch_begins()
             self._values, self._weight = {}, weigh(batch)
-            self._tell("batch", batch)
             try:
                 yield batch
             except GeneratorExit:

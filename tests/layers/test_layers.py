@@ -22,6 +22,7 @@ FLOORS = {
     "manager": 3,
     "loop": 4,
     "trainer": 5,
+    "proof": 5,
     "report": 5,
     "service": 5,
     "cli": 6,

@@ -1,0 +1,143 @@
+"""What the user's code holds beside the parts: variables of the script, its functions and modules, looked into.
+
+A resume brings back the parts. What else lives across batches, in a local variable, in a dataset's attribute,
+in a module, is lost; here it is found by name. Bounded: so many entries, so deep.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import sys
+from collections import deque
+from pathlib import Path
+from types import BuiltinFunctionType, FrameType, FunctionType, GeneratorType, ModuleType
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from resumable_trainer.loop import launch
+from resumable_trainer.proof import fingerprints
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping
+
+_LENGTH = ".__len__()"  # how long a container is, as a path in it
+_LENGTH = ".__len__()"  # how long a container is, as a path in it
+_MAX_ENTRIES = 4000
+_MAX_DEPTH = 4
+_MAX_ITEMS = 200
+_LOADER_FIELDS = ("dataset", "sampler", "batch_sampler", "generator", "collate_fn")
+
+
+class Variables:
+    """Looks at everything that the user's code can reach.
+
+    Args:
+        known: Objects that a resume brings back, or that are ours: not looked into.
+    """
+
+    def __init__(self, known: list[object]) -> None:
+        self._known = set(map(id, known))
+
+    def look(self, frame: FrameType | None) -> dict[str, tuple[str, str]]:
+        """(kind, digest) by path, from a frame outwards and through the user's modules.
+
+        Breadth first: what several paths lead to is known by the shortest.
+        """
+        found: dict[str, tuple[str, str]] = {}
+        seen: set[int] = set()
+        waiting = deque(
+            (prefix + name, value, 0)
+            for prefix, variables in _scopes(frame)
+            for name, value in list(variables.items())
+            if not name.startswith("__")
+        )
+        while waiting and len(found) < _MAX_ENTRIES:
+            path, value, depth = waiting.popleft()
+            if id(value) in self._known or _is_code(value):
+                continue
+            fingerprint = fingerprints.of_object(value)
+            if fingerprint is not None:
+                found[path] = fingerprint
+            elif depth < _MAX_DEPTH and id(value) not in seen:
+                seen.add(id(value))
+                waiting.extend((path + name, inner, depth + 1) for name, inner in _inside(value))
+        return found
+
+
+def _scopes(frame: FrameType | None) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    """The user's variables by where they live: functions under way, then modules."""
+    while frame is not None:
+        code = frame.f_code
+        if launch.is_users(code.co_filename) and code.co_name != "<module>":
+            yield f"{code.co_name}.", frame.f_locals
+        frame = frame.f_back
+    for name, module in list(sys.modules.items()):
+        if _is_users(module):
+            yield "" if name == "__main__" else f"{name}.", vars(module)
+
+
+def _is_users(module: ModuleType | None) -> bool:
+    file = getattr(module, "__file__", None)
+    return isinstance(file, str) and Path(file).is_absolute() and launch.is_users(file)
+
+
+def _is_code(value: object) -> bool:
+    return isinstance(value, type | ModuleType | FrameType | BuiltinFunctionType | GeneratorType)
+
+
+def _inside(value: Any) -> Iterator[tuple[str, Any]]:
+    """What a container, a loader or an object of the user's holds."""
+    if isinstance(value, FunctionType):
+        yield from _in_function(value)
+    elif isinstance(value, functools.partial):
+        yield from ((f".{name}", getattr(value, name)) for name in ("func", "args", "keywords"))
+    elif isinstance(value, dict):
+        yield _LENGTH, len(value)
+        if len(value) <= _MAX_ITEMS:
+            yield from ((f"[{key!r}]", inner) for key, inner in list(value.items()))
+    elif isinstance(value, list | tuple | set | frozenset | deque):
+        yield from _items(value)
+    elif isinstance(value, torch.utils.data.DataLoader):
+        yield from ((f".{name}", getattr(value, name, None)) for name in _LOADER_FIELDS)
+    elif isinstance(value, torch.utils.data.Dataset | torch.utils.data.Sampler) or _is_users(_module_of(value)):
+        fields = {**_defaults(type(value)), **getattr(value, "__dict__", {})}
+        yield from ((f".{name}", inner) for name, inner in fields.items())
+
+
+def _defaults(kind: type) -> dict[str, Any]:
+    """What an object has by its class until it is set."""
+    return {
+        name: value
+        for name, value in vars(kind).items()
+        if not name.startswith("__") and isinstance(value, bool | int | float | str | list | dict)
+    }
+
+
+def _in_function(function: FunctionType) -> Iterator[tuple[str, Any]]:
+    """Closures, defaults that are changed in place, attributes."""
+    if not launch.is_users(function.__code__.co_filename):
+        return
+    for name, cell in zip(function.__code__.co_freevars, function.__closure__ or (), strict=True):
+        with contextlib.suppress(ValueError):  # not filled yet
+            yield f".{name}", cell.cell_contents
+    if function.__defaults__:
+        yield ".__defaults__", function.__defaults__
+    yield from ((f".{name}", inner) for name, inner in vars(function).items())
+
+
+def _items(value: Any) -> Iterator[tuple[str, Any]]:
+    """A long sequence counts by its length and its ends: a list that grows with training is found by both."""
+    yield _LENGTH, len(value)
+    items = list(value)
+    if isinstance(value, set | frozenset):
+        yield ".items", fingerprints.of_data(value)
+    elif len(items) <= _MAX_ITEMS:
+        yield from ((f"[{index}]", inner) for index, inner in enumerate(items))
+    else:
+        yield from (("[0]", items[0]), ("[-1]", items[-1]))
+
+
+def _module_of(value: object) -> ModuleType | None:
+    return sys.modules.get(type(value).__module__)

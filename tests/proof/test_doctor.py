@@ -1,0 +1,107 @@
+"""`doctor` on jobs that are exact, and on jobs with a deliberate leak: what it says of each."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+from leaks import LEAKS
+
+pytestmark = pytest.mark.timeout(600)
+EXAMPLES = Path(__file__).parents[2] / "examples"
+
+
+def doctor(directory: Path, *words: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "resumable_trainer", "doctor", *words]
+    return subprocess.run(command, cwd=directory, capture_output=True, text=True, check=False)
+
+
+def examine(directory: Path, script: str, *options: str) -> tuple[int, dict[str, Any], str]:
+    (directory / "job.py").write_text(script)
+    done = doctor(directory, "--json", *options, "job.py")
+    return done.returncode, json.loads(done.stdout or "{}"), done.stderr
+
+
+@pytest.mark.parametrize("name", [name for name, leak in LEAKS.items() if leak.kind is not None])
+def test_a_planted_leak_is_found_and_its_cause_named(name: str, tmp_path: Path) -> None:
+    leak = LEAKS[name]
+    code, found, errors = examine(tmp_path, leak.script)
+    assert code == 1, errors
+    assert found["exact"] is False
+    assert [cause["kind"] for cause in found["causes"]] == [leak.kind], found["causes"]
+    assert leak.named in json.dumps(found["causes"])
+    assert not list(tmp_path.glob("runs*"))
+
+
+@pytest.mark.parametrize("name", [name for name, leak in LEAKS.items() if leak.kind is None])
+def test_an_exact_job_is_called_exact(name: str, tmp_path: Path) -> None:
+    code, found, errors = examine(tmp_path, LEAKS[name].script)
+    assert code == 0, (errors, found)
+    assert found["exact"] is True
+    assert found["causes"] == []
+    assert len(found["kills"]) == 7
+    assert found["fresh_starts_differ"] is (name == "parameters begin at random")
+
+
+@pytest.mark.parametrize("example", ["own_loop.py", "ready_made.py"])
+def test_the_examples_are_exact_and_what_they_cost_is_said(example: str, tmp_path: Path) -> None:
+    pytest.importorskip("sklearn", reason="the examples' data come with scikit-learn")
+    done = doctor(tmp_path, str(EXAMPLES / example))
+    assert done.returncode == 0, done.stdout + done.stderr
+    words = [line.split()[0] for line in done.stdout.splitlines()]
+    assert words[:5] == ["exact", "cost", "room", "disk", "notice"] or "warning" in words
+
+
+def test_a_run_that_is_there_already_is_not_touched(tmp_path: Path) -> None:
+    (tmp_path / "job.py").write_text(LEAKS["none"].script)
+    subprocess.run([sys.executable, "job.py"], cwd=tmp_path, check=True, capture_output=True)
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    assert doctor(tmp_path, "--epochs", "2", "--batches", "2", "job.py").returncode == 0
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+
+
+@pytest.mark.parametrize(
+    ("script", "code", "words"),
+    [
+        ("print('no run')", 2, "opens no run"),
+        ("raise ValueError('broken by itself')", 70, "broken by itself"),
+        ("import sys; sys.exit(3)", 70, "exit code 3"),
+        ("from resumable_trainer import Run\nwith Run('r', state={}) as run: pass", 2, "trains nothing"),
+    ],
+)
+def test_what_cannot_be_examined_is_said_in_a_line(script: str, code: int, words: str, tmp_path: Path) -> None:
+    (tmp_path / "job.py").write_text(script)
+    done = doctor(tmp_path, "job.py")
+    assert (done.returncode, words in done.stderr) == (code, True), done.stderr
+    assert "Traceback" not in done.stderr.partition("\n")[0]
+
+
+def test_a_script_that_is_not_there_is_no_traceback(tmp_path: Path) -> None:
+    done = doctor(tmp_path, "missing.py")
+    assert done.returncode == 66
+    assert "is not there" in done.stderr
+
+
+def test_a_start_that_never_ends_is_given_up(tmp_path: Path) -> None:
+    (tmp_path / "job.py").write_text("import time\nwhile True: time.sleep(0.1)")
+    done = doctor(tmp_path, "--timeout", "8", "job.py")
+    assert done.returncode == 70
+    assert "did not end within 8 s" in done.stderr
+
+
+def test_a_job_that_cannot_be_started_twice_is_found_out(tmp_path: Path) -> None:
+    script = LEAKS["none"].script.replace("state = {", "Path('once').mkdir()\nstate = {", 1)
+    (tmp_path / "job.py").write_text(script)
+    done = doctor(tmp_path, "job.py")
+    assert done.returncode == 70
+    assert "started again, fails" in done.stderr
+    assert "FileExistsError" in done.stderr
+    shutil.rmtree(tmp_path / "once")
