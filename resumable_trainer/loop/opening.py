@@ -40,7 +40,7 @@ def identify(manager: StateManager, command: Command, seed: int) -> None:
     if path.exists():
         try:
             manager.run_id = str(json.loads(path.read_bytes())["run_id"])
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise DamagedSnapshotError(
                 f"{path} is damaged: {error}",
                 path=path,
