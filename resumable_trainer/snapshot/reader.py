@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import struct
 from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +18,9 @@ if TYPE_CHECKING:
     import torch
 
     from resumable_trainer.snapshot.manifest import Manifest
+
+# What builtins, numpy and torch raise when they are given values that they cannot be made of.
+_NO_STATE = (ValueError, TypeError, LookupError, ArithmeticError, AttributeError, RuntimeError, struct.error)
 
 
 class Reader:
@@ -53,7 +57,7 @@ class Reader:
                 return unflatten(values, read)
             except DamagedSnapshotError:
                 raise
-            except (ValueError, TypeError, KeyError, AttributeError, RuntimeError) as error:
+            except _NO_STATE as error:
                 raise DamagedSnapshotError(f"{STATE} does not describe a state: {error}", path=self._path) from error
 
     def _tensor_file(self, section: str) -> TensorFile:
