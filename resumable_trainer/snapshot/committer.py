@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from resumable_trainer.durable.files import remove_tree
-from resumable_trainer.durable.filesystem import bytes_on_disk, file_system, room
+from resumable_trainer.durable.filesystem import room, shortage
 from resumable_trainer.errors import DamagedSnapshotError, RunHeldError
 from resumable_trainer.snapshot.layout import Position
 from resumable_trainer.snapshot.retention import Kept
@@ -25,7 +25,6 @@ from resumable_trainer.snapshot.writer import encode_values, size, write_files
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
-    from pathlib import Path
 
     from resumable_trainer.durable.files import Files
     from resumable_trainer.snapshot.manifest import FileEntry, Manifest
@@ -107,18 +106,20 @@ class Committer:
         values = encode_values(flat)
         num_bytes, num_files = size(flat, values)
         self._make_room(facts, hooks, num_bytes=num_bytes, num_files=num_files)
-        for attempt in range(1, _ATTEMPTS + 1):
+        attempt = 1
+        while True:
             try:
                 self.newest = self._attempt(flat, values, facts.name, hooks)
-                break
             except RunHeldError:
                 raise
             except OSError as error:
                 hooks.note("attempt_failed", snapshot=facts.name, attempt=attempt, reason=str(error))
                 if attempt == _ATTEMPTS or error.errno in _LASTING:
                     raise
-        # Crash here: the snapshot is durable; only old ones that retention would delete are still there.
-        return num_bytes
+                attempt += 1
+            else:
+                # Crash here: the snapshot is durable; only old ones that retention would delete are still there.
+                return num_bytes
 
     def _attempt(self, flat: Flat, values: bytes, name: str, hooks: Hooks) -> Manifest:
         temporary = self._store.begin(name, token=secrets.token_hex(6))
@@ -156,7 +157,8 @@ class Committer:
             hooks.note("deleted_early", snapshot=name, reason=f"room for {facts.name}")
         found = room(directory)
         if not found.holds(num_bytes=num_bytes, files=num_files):
-            raise OSError(errno.ENOSPC, _shortage(directory, found.num_bytes, found.files, num_bytes, num_files))
+            missing = shortage(directory, found, num_bytes=num_bytes, files=num_files)
+            raise OSError(errno.ENOSPC, f"{os.strerror(errno.ENOSPC)}: {missing}")
 
     def _doomed(self, new: Kept) -> list[str]:
         """What retention deletes once the new snapshot is there; never the newest durable one."""
@@ -205,12 +207,3 @@ def kept_of(manifest: Manifest) -> Kept:
     at = manifest.position
     position = Position(at.epoch, at.batch, at.step)
     return Kept(name=manifest.name, position=position, epoch_complete=manifest.epoch_complete, value=value)
-
-
-def _shortage(directory: Path, free: int | None, entries: int | None, num_bytes: int, num_files: int) -> str:
-    place = file_system(directory)
-    needed = bytes_on_disk(num_bytes, files=num_files)
-    text = os.strerror(errno.ENOSPC)
-    if free is not None and needed > free:
-        return f"{text}: it needs {needed:,} bytes, {free:,} are free on {place.mount_point} ({place.kind})"
-    return f"{text}: it needs {num_files} file entries, {entries} are free on {place.mount_point} ({place.kind})"

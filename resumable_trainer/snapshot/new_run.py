@@ -22,7 +22,7 @@ from resumable_trainer.durable.files import (
     remove_tree,
     write_new_file,
 )
-from resumable_trainer.durable.filesystem import bytes_on_disk, room
+from resumable_trainer.durable.filesystem import room, shortage
 from resumable_trainer.durable.lock import RunLock
 from resumable_trainer.errors import RunHeldError, SnapshotWriteError, UsageError
 from resumable_trainer.snapshot.layout import EVENTS, METRICS, RUN_JSON, RUN_LOCK
@@ -139,8 +139,7 @@ def _look_for_room(final: Path, num_bytes: int) -> None:
     found, needed = room(final.parent), num_bytes + _RUN_BYTES
     if not found.holds(num_bytes=needed, files=_NUM_FILES):
         raise SnapshotWriteError(
-            f"{final} was NOT made: it needs {bytes_on_disk(needed, files=_NUM_FILES):,} bytes,"
-            f" {found.num_bytes or 0:,} are free",
+            f"{final} was NOT made: {shortage(final.parent, found, num_bytes=needed, files=_NUM_FILES)}",
             path=final,
             hint="free space, or put it on another disk",
         )
