@@ -65,3 +65,25 @@ def test_a_refused_file_leaves_no_descriptor_open(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="not a regular file"):
         open_regular(tmp_path / "fifo")
     assert len(os.listdir("/proc/self/fd")) == before
+
+
+@pytest.mark.parametrize("what", ["fifo", "directory"])
+def test_a_file_exchanged_between_the_look_and_the_opening_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, what: str
+) -> None:
+    path = tmp_path / "f"
+    path.write_bytes(b"x")
+    look = os.lstat
+
+    def exchanged(name: Path) -> os.stat_result:
+        found = look(name)
+        path.unlink()
+        os.mkfifo(path) if what == "fifo" else path.mkdir()
+        return found
+
+    before = len(os.listdir("/proc/self/fd"))
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "lstat", exchanged)
+        with pytest.raises(ValueError, match="is not a regular file"):
+            open_regular(path)
+    assert len(os.listdir("/proc/self/fd")) == before

@@ -449,3 +449,58 @@ def test_a_journal_is_not_written_through_a_link(tmp_path: Path) -> None:
     with pytest.raises(OSError, match=os.strerror(errno.ELOOP)):
         Journal.open(tmp_path / "j")
     assert (tmp_path / "precious").read_bytes() == b"no newline"
+
+
+def test_a_journal_that_cannot_be_opened_leaves_no_descriptor_open(tmp_path: Path) -> None:
+    class Failing(Files):
+        def sync_directory(self, path: Path) -> None:
+            raise OSError(errno.EIO, "Input/output error")
+
+    before = len(os.listdir("/proc/self/fd"))
+    with pytest.raises(OSError, match="Input/output error"):
+        Journal.open(tmp_path / "j", files=Failing())
+    assert len(os.listdir("/proc/self/fd")) == before
+
+
+def test_a_second_close_does_nothing(tmp_path: Path) -> None:
+    """The descriptor's number may be another file's by then."""
+    closed: list[int] = []
+
+    class Noting(Files):
+        def close(self, fd: int) -> None:
+            closed.append(fd)
+            super().close(fd)
+
+    journal = Journal.open(tmp_path / "j", files=Noting())
+    journal.append({"a": 1})
+    journal.close()
+    journal.close()
+    assert len(closed) == 1
+    assert list(read_rows(tmp_path / "j")) == [{"a": 1}]
+
+
+def test_after_a_sync_that_was_interrupted_the_rows_go_to_a_new_file_too(tmp_path: Path) -> None:
+    """A second Ctrl-C within the call: whether it would have failed is not known."""
+    path = tmp_path / "j"
+    files = FaultyOnce("sync", Dies())
+    journal = Journal.open(path, files=files)
+    journal.append({"a": 1})
+    before = path.stat().st_ino
+    files.armed = True
+    with pytest.raises(Dies):
+        journal.sync()
+    journal.sync()
+    assert path.stat().st_ino != before
+    journal.close()
+    assert list(read_rows(path)) == [{"a": 1}]
+
+
+def test_a_journal_cut_behind_our_back_is_not_rewound_to_what_it_has_lost(tmp_path: Path) -> None:
+    path = tmp_path / "j"
+    journal = Journal.open(path)
+    journal.append({"a": 1})
+    mark = journal.mark()
+    os.truncate(path, 3)
+    assert not journal.rewind(mark)
+    assert path.stat().st_size == 3
+    journal.close()
