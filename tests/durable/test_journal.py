@@ -504,3 +504,62 @@ def test_a_journal_cut_behind_our_back_is_not_rewound_to_what_it_has_lost(tmp_pa
     assert not journal.rewind(mark)
     assert path.stat().st_size == 3
     journal.close()
+
+
+def test_a_newline_at_the_edge_of_a_chunk_ends_a_row_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(journal_module, "_CHUNK_BYTES", 4)
+    path, start = tmp_path / "j", b'{"a":1}\n{"a":22}\n'
+    for num_bytes in range(12):
+        path.write_bytes(start + bytes(num_bytes))
+        Journal.open(path).close()
+        assert path.read_bytes() == start
+
+
+def test_a_rewind_that_has_nothing_to_cut_changes_and_syncs_nothing(tmp_path: Path) -> None:
+    calls: list[str] = []
+
+    class Noting(Files):
+        def truncate(self, fd: int, length: int) -> None:
+            calls.append("truncate")
+
+        def sync(self, fd: int) -> None:
+            calls.append("sync")
+
+    journal = Journal.open(tmp_path / "j", files=Noting())
+    journal.append({"a": 1})
+    assert journal.rewind(journal.mark())
+    assert calls == []
+    journal.close()
+
+
+def test_a_file_whose_sync_failed_is_neither_written_to_again_nor_kept_open(tmp_path: Path) -> None:
+    class Noting(FaultyOnce):
+        def __init__(self) -> None:
+            super().__init__("sync", OSError(errno.EIO, "Input/output error"))
+            self.written: list[int] = []
+            write = self.write
+
+            def noted(fd: int, data: Any) -> int:
+                self.written.append(os.fstat(fd).st_ino)
+                return write(fd, data)
+
+            self.write = noted  # type: ignore[method-assign]
+
+    files = Noting()
+    journal = Journal.open(tmp_path / "j", files=files)
+    journal.append({"a": 1})
+    journal.flush()
+    lost = (tmp_path / "j").stat().st_ino
+    before = len(os.listdir("/proc/self/fd"))
+    files.armed = True
+    with pytest.raises(SnapshotWriteError):
+        journal.sync()
+    files.written.clear()
+    journal.append({"a": 2})
+    journal.flush()
+    journal.sync()
+    assert files.written
+    assert lost not in files.written
+    assert len(os.listdir("/proc/self/fd")) == before
+    journal.close()
+    assert [row["a"] for row in read_rows(tmp_path / "j")] == [1, 2]

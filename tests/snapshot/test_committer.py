@@ -15,7 +15,9 @@ import torch
 from resumable_trainer import RunHeldError, SnapshotWriteError, StateManager
 from resumable_trainer.durable import filesystem
 from resumable_trainer.durable.files import Files
+from resumable_trainer.manager import Facts
 from resumable_trainer.snapshot import committer
+from resumable_trainer.snapshot.layout import Position
 from resumable_trainer.snapshot.manifest import Best
 from resumable_trainer.snapshot.retention import to_delete
 from resumable_trainer.snapshot.store import Store
@@ -77,6 +79,9 @@ def test_an_error_that_passes_costs_another_attempt_with_new_files_and_nothing_e
         torch.nn.init.zeros_(model.weight)
         assert manager.restore().snapshot == "step-000000002"
         assert torch.equal(model.weight, expected)
+    first = events(tmp_path / "run", "attempt_failed")[0]
+    assert (first["snapshot"], first["attempt"]) == ("step-000000002", 1)
+    assert os.strerror(errno.EIO) in first["reason"]
 
 
 @pytest.mark.parametrize("call", CALLS)
@@ -376,3 +381,44 @@ def test_a_word_that_is_no_number_does_not_stop_retention(tmp_path: Path) -> Non
     )
     assert said.metric_values == {"b": -math.inf, "c": 1}
     assert committer.kept_of(said).value is None
+
+
+def test_rows_are_durable_before_the_manifest_that_counts_them_is_written(tmp_path: Path) -> None:
+    done: list[str] = []
+
+    class Noting(Files):
+        def create(self, path: Path) -> int:
+            done.append(path.name)
+            return super().create(path)
+
+    manager, _ = make(tmp_path / "run", Noting())
+    with manager:
+        staged = manager.stage(manager.capture())
+        done.clear()
+        manager.write(staged, Facts(Position(0, 1, 1)), background=False, before_commit=lambda: done.append("rows"))
+        assert done[-2:] == ["rows", "manifest.json"]
+        done.clear()
+
+        def failing() -> None:
+            done.append("rows")
+            raise OSError(errno.EIO, "Input/output error")
+
+        with pytest.raises(SnapshotWriteError, match="Input/output error"):
+            manager.write(staged, Facts(Position(0, 2, 2)), background=False, before_commit=failing)
+        assert done.count("rows") == 3
+        assert "manifest.json" not in done
+    assert names(tmp_path / "run") == ["step-000000001"]
+
+
+def test_short_of_room_what_a_killed_attempt_has_left_goes_before_any_snapshot(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    manager, _ = make(tmp_path / "run", retain=keep(9))
+    with manager:
+        save(manager, 1)
+        save(manager, 2)
+        left = tmp_path / "run/snapshots/.tmp-step-000000009-ab"
+        left.mkdir()
+        monkeypatch.setattr(committer, "room", lambda path: filesystem.Room(0 if left.exists() else 10**9, 10**6))
+        save(manager, 3)
+    assert names(tmp_path / "run") == ["step-000000001", "step-000000002", "step-000000003"]

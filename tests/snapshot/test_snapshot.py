@@ -459,3 +459,55 @@ def test_every_nth_within_an_epoch_stays(complete: list[bool], every: int) -> No
     gone = to_delete(kept, keep_last=1, keep_best=0, keep_every=None, keep_every_steps=every)
     stay = [s for s in kept[:-1] if not s.epoch_complete and s.position.step % every == 0]
     assert [s.name for s in kept if s.name not in gone] == [s.name for s in [*stay, kept[-1]]]
+
+
+class Noting(Files):
+    """Notes what becomes durable, and what gets another name."""
+
+    def __init__(self) -> None:
+        self.done: list[str] = []
+
+    def sync_directory(self, path: Path) -> None:
+        super().sync_directory(path)
+        self.done.append(f"sync {path.name}")
+
+    def rename(self, source: Path, target: Path) -> None:
+        super().rename(source, target)
+        self.done.append(f"rename {target.name}")
+
+
+def test_what_goes_with_an_abandoned_line_is_durable_before_its_first_snapshot_moves(tmp_path: Path) -> None:
+    files = Noting()
+    store = Store(tmp_path / "run", files=files)
+    names = [save(store, 1), save(store, 2)]
+    (tmp_path / "run/metrics.jsonl").write_bytes(b"rows\n")
+    files.done.clear()
+    line = store.set_aside(names, "going back")
+    assert files.done == [
+        "sync run", "sync line-1", "sync set-aside",
+        "rename step-000000002", "sync line-1", "sync snapshots",
+        "rename step-000000001", "sync line-1", "sync snapshots",
+    ]  # fmt: skip
+    assert (line / "reason.txt").read_text() == "going back\n"
+    assert (line / "metrics.jsonl").read_bytes() == b"rows\n"
+    assert (tmp_path / "run/metrics.jsonl").read_bytes() == b"rows\n"
+
+
+def test_the_reason_of_a_quarantine_is_there_before_the_snapshot(tmp_path: Path) -> None:
+    files = Noting()
+    store = Store(tmp_path / "run", files=files)
+    name = save(store, 1)
+    files.done.clear()
+    target = store.quarantine(name, "a bit has flipped")
+    assert files.done == ["sync run", f"rename {name}", "sync quarantine", "sync snapshots"]
+    assert target.with_name(f"{name}.reason.txt").read_text() == f"{name}: a bit has flipped\n"
+
+
+def test_the_directory_of_snapshots_is_durable_before_the_first_is_written(tmp_path: Path) -> None:
+    files = Noting()
+    (tmp_path / "run").mkdir()
+    store = Store(tmp_path / "run", files=files)
+    store.begin("step-000000001", token="a")
+    assert files.done == ["sync run"]
+    store.begin("step-000000002", token="b")
+    assert files.done == ["sync run"]
