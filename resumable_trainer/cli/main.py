@@ -75,6 +75,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_looking(commands, "verify", "check every byte; exit 65 if anything is damaged", "resumable-trainer verify")
     _add_diff(commands)
     _add_fork(commands)
+    _add_prune(commands)
     plot = _add_looking(commands, "plot", "draw the curves of a run", "resumable-trainer plot runs/pima -o pima.svg")
     plot.add_argument("-o", "--output", metavar="FILE", help="PNG, SVG or PDF (default: RUN_DIR/history.png)")
     stop = _add_looking(
@@ -133,6 +134,22 @@ def _add_fork(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> 
     parser.add_argument("new_run", metavar="NEW_RUN", help="the new run directory; the name must be free")
     parser.add_argument("--from", dest="which", help="latest, best, a STEP or epoch:N (default: latest)")
     parser.add_argument("--json", action="store_true", help="print JSON for programs")
+
+
+def _add_prune(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    parser = _add_looking(
+        commands, "prune", "delete snapshots that need not stay", "resumable-trainer prune runs/pima --dry-run"
+    )
+    parser.description = (
+        "Delete snapshots that need not stay: without options, those that the run itself would delete. The newest that"
+        " verifies always stays, what is damaged too, and the best unless --keep-best 0 is given."
+    )
+    parser.add_argument("--keep-last", type=int, metavar="N", help="how many of the newest stay (at least 1)")
+    parser.add_argument("--keep-best", type=int, metavar="N", help="how many of the best stay besides")
+    parser.add_argument("--keep-every", type=int, metavar="N", help="each N-th epoch's stays besides; 0 for none")
+    parser.add_argument("--quarantine", action="store_true", help="delete what lies in quarantine/ too")
+    parser.add_argument("--set-aside", action="store_true", help="delete what was set aside too")
+    parser.add_argument("--dry-run", action="store_true", help="say what would go and what it frees; change nothing")
 
 
 def _add_starting(parser: argparse.ArgumentParser) -> None:

@@ -19,8 +19,7 @@ from typing import TYPE_CHECKING
 from resumable_trainer.durable.files import remove_tree
 from resumable_trainer.durable.filesystem import bytes_on_disk, file_system, room
 from resumable_trainer.errors import DamagedSnapshotError, RunHeldError
-from resumable_trainer.snapshot.layout import Position
-from resumable_trainer.snapshot.retention import Kept
+from resumable_trainer.snapshot.retention import kept_of
 from resumable_trainer.snapshot.writer import encode_values, size, write_files
 
 if TYPE_CHECKING:
@@ -29,6 +28,7 @@ if TYPE_CHECKING:
 
     from resumable_trainer.durable.files import Files
     from resumable_trainer.snapshot.manifest import FileEntry, Manifest
+    from resumable_trainer.snapshot.retention import Kept
     from resumable_trainer.snapshot.store import Store
     from resumable_trainer.snapshot.tree import Flat
 
@@ -196,15 +196,6 @@ class Committer:
                     continue  # stays where it is: retention deletes only what it can read
             self._kept = kept
         return self._kept
-
-
-def kept_of(manifest: Manifest) -> Kept:
-    """What retention knows of a snapshot on disk."""
-    best = manifest.best
-    value = manifest.metric_values.get(best.metric) if best is not None and manifest.epoch_complete else None
-    at = manifest.position
-    position = Position(at.epoch, at.batch, at.step)
-    return Kept(name=manifest.name, position=position, epoch_complete=manifest.epoch_complete, value=value)
 
 
 def _shortage(directory: Path, free: int | None, entries: int | None, num_bytes: int, num_files: int) -> str:

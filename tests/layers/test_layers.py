@@ -39,6 +39,7 @@ TORCH_FREE = [
     "snapshot.verify",
     "snapshot.store",
     "snapshot.retention",
+    "snapshot.pruning",
     "snapshot.raw",
     "snapshot.values",
     "metrics.averages",
