@@ -76,6 +76,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_diff(commands)
     _add_fork(commands)
     _add_prune(commands)
+    _add_export(commands)
     plot = _add_looking(commands, "plot", "draw the curves of a run", "resumable-trainer plot runs/pima -o pima.svg")
     plot.add_argument("-o", "--output", metavar="FILE", help="PNG, SVG or PDF (default: RUN_DIR/history.png)")
     stop = _add_looking(
@@ -150,6 +151,28 @@ def _add_prune(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     parser.add_argument("--quarantine", action="store_true", help="delete what lies in quarantine/ too")
     parser.add_argument("--set-aside", action="store_true", help="delete what was set aside too")
     parser.add_argument("--dry-run", action="store_true", help="say what would go and what it frees; change nothing")
+
+
+def _add_export(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    parser = _add_looking(
+        commands,
+        "export",
+        "the weights of a snapshot as a file for other programs",
+        "resumable-trainer export runs/pima -o pima.safetensors\n"
+        '                             model.load_state_dict(safetensors.torch.load_file("pima.safetensors"))',
+    )
+    parser.add_argument("-o", "--output", metavar="FILE", required=True, help="the new file")
+    parser.add_argument(
+        "--from", dest="which", help="best, latest, a STEP or epoch:N (default: best if there is one, else latest)"
+    )
+    parser.add_argument("--part", help="which part (default: model, or the only one that looks like a model)")
+    parser.add_argument(
+        "--format",
+        choices=["safetensors", "torch"],
+        default="safetensors",
+        help="torch: a file of torch.save, which torch.load(weights_only=True) reads",
+    )
+    parser.add_argument("--force", action="store_true", help="overwrite FILE")
 
 
 def _add_starting(parser: argparse.ArgumentParser) -> None:
