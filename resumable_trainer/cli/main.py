@@ -77,6 +77,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_fork(commands)
     _add_prune(commands)
     _add_export(commands)
+    _add_import(commands)
     plot = _add_looking(commands, "plot", "draw the curves of a run", "resumable-trainer plot runs/pima -o pima.svg")
     plot.add_argument("-o", "--output", metavar="FILE", help="PNG, SVG or PDF (default: RUN_DIR/history.png)")
     stop = _add_looking(
@@ -173,6 +174,36 @@ def _add_export(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
         help="torch: a file of torch.save, which torch.load(weights_only=True) reads",
     )
     parser.add_argument("--force", action="store_true", help="overwrite FILE")
+
+
+def _add_import(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    parser = commands.add_parser(
+        "import",
+        help="a new run from a checkpoint of torch.save or safetensors",
+        description="Make a new run from a checkpoint that something else wrote. Only tensors and plain values are"
+        " taken (torch.load with weights_only, and nothing less). Generators, the place in the data and early stopping"
+        " are not in such a file and begin anew.",
+        epilog="examples:\n  resumable-trainer import old.pt runs/new --epoch 10 --step 7000\n"
+        "  resumable-trainer import lightning.ckpt runs/new --strip model. --map scheduler=\n"
+        "  resumable-trainer import old.pt runs/new --map model=net --map optimizer=opts.0",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("file", metavar="FILE", help="the checkpoint")
+    parser.add_argument("new_run", metavar="NEW_RUN", help="the new run directory; the name must be free")
+    parser.add_argument("--epoch", type=int, metavar="N", help="epochs that are complete (default: as the file says)")
+    parser.add_argument("--step", type=int, metavar="N", help="batches trained since the start (as the file says)")
+    parser.add_argument("--batch", type=int, default=0, metavar="N", help="batches of the epoch under way")
+    parser.add_argument(
+        "--map",
+        action="append",
+        default=[],
+        metavar="NAME=KEY",
+        help="KEY of the file (a.b or a.0 below it) becomes part NAME; an empty KEY leaves the part out",
+    )
+    parser.add_argument(
+        "--strip", action="append", default=[], metavar="PREFIX", help="take PREFIX off the names of a model's tensors"
+    )
+    parser.add_argument("--json", action="store_true", help="print JSON for programs")
 
 
 def _add_starting(parser: argparse.ArgumentParser) -> None:

@@ -132,6 +132,7 @@ def test_nothing_in_the_package_speaks_of_pickle() -> None:
 def test_what_torch_saved_is_read_with_weights_only_and_for_two_commands_alone() -> None:
     calls = [node for node in ast.walk(ast.parse(TORCH_FILE.read_text())) if isinstance(node, ast.Call)]
     loads = [call for call in calls if ast.unparse(call.func) == "torch.load"]
+    assert loads
     for call in loads:
         settings = {keyword.arg: ast.unparse(keyword.value) for keyword in call.keywords}
         assert settings.get("weights_only") == "True", ast.unparse(call)
