@@ -25,6 +25,7 @@ from resumable_trainer.report.summary import is_run
 from resumable_trainer.snapshot.importing import import_run, read_checkpoint, recognise
 from resumable_trainer.snapshot.layout import Position
 from resumable_trainer.snapshot.store import Store
+from resumable_trainer.snapshot.values import read_values
 from resumable_trainer.state.compare import differences
 
 if TYPE_CHECKING:
@@ -165,6 +166,7 @@ def test_the_run_is_one_of_its_own_and_says_where_it_comes_from(
     assert identity["imported_from"]["file"] == found["imported_from"]["file"] == str(tmp_path / "alt ☃.pt")
     assert len(identity["imported_from"]["digest"]) == 32
     assert (manifest.parent, manifest.generation, manifest.epoch_complete) == (None, 0, True)
+    assert "0.weight" in read_values(run / "snapshots" / manifest.name, manifest)["model"], "as Run saves a model"
     assert main(["status", str(run)]) == 0
     assert f"imported from {tmp_path / 'alt ☃.pt'}" in capsys.readouterr().out
     assert main(["verify", str(run)]) == 0
@@ -400,6 +402,7 @@ def test_a_small_file_that_is_made_to_fill_the_memory_is_refused(
     for name in ("expanded", "views", "laughs", "itself", "bytes", "sparse", "meta", "lying", "deflated"):
         code, said = refused(capsys, tmp_path, tmp_path / name, tmp_path / "run")
         assert code == (65 if name == "lying" else 78), (name, said)
+        assert name != "expanded" or "has 4 bytes and needs 4,000,000,000,000" in said
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 1 << 20, "a GiB, in KiB"
     assert resource.getrlimit(resource.RLIMIT_AS)[0] == resource.RLIM_INFINITY
 
