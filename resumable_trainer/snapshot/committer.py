@@ -126,8 +126,7 @@ class Committer:
             entries = write_files(self._files, temporary, flat, values)
             # Invariant: rows are durable before the manifest whose mark counts them.
             hooks.before_manifest()
-            manifest = hooks.manifest(entries)
-            self._store.write_manifest(temporary, manifest)
+            manifest = self._store.write_manifest(temporary, hooks.manifest(entries))
             self._store.commit(temporary, name, check=hooks.check)
         except BaseException:
             with contextlib.suppress(OSError):  # what stays of it is swept at the next start
