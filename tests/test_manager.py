@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import errno
+import itertools
 import threading
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -532,3 +533,16 @@ def test_a_lost_lock_file_does_not_bring_generations_back(tmp_path: Path) -> Non
     (tmp_path / "run/snapshots/step-000000003/manifest.json").write_bytes(b"{}")
     with StateManager(tmp_path / "run", state=parts()) as manager:
         assert manager.lock.generation == 3, "one more than that of the newest manifest that can be read"
+
+
+def test_each_manifest_names_its_parent_and_that_manifests_digest(tmp_path: Path) -> None:
+    for first in (1, 3):  # the second launch reads its parent from the disk
+        with StateManager(tmp_path, state={"model": nn.Linear(2, 3)}) as manager:
+            manager.restore()
+            for step in (first, first + 1):
+                manager.snapshot(epoch=0, batch=step, step=step).wait()
+    found = [manager.store.verify(name) for name in manager.store.names()]
+    assert len(found) == 3
+    for before, after in itertools.pairwise(found):
+        assert (after.parent, after.parent_digest) == (before.name, before.own_digest)
+        assert before.own_digest == (manager.store.path(before.name) / "manifest.json").read_bytes()[-36:-4].decode()

@@ -19,8 +19,7 @@ from typing import TYPE_CHECKING
 from resumable_trainer.durable.files import remove_tree
 from resumable_trainer.durable.filesystem import room, shortage
 from resumable_trainer.errors import DamagedSnapshotError, RunHeldError
-from resumable_trainer.snapshot.layout import Position
-from resumable_trainer.snapshot.retention import Kept
+from resumable_trainer.snapshot.retention import kept_of
 from resumable_trainer.snapshot.writer import encode_values, size, write_files
 
 if TYPE_CHECKING:
@@ -28,6 +27,7 @@ if TYPE_CHECKING:
 
     from resumable_trainer.durable.files import Files
     from resumable_trainer.snapshot.manifest import FileEntry, Manifest
+    from resumable_trainer.snapshot.retention import Kept
     from resumable_trainer.snapshot.store import Store
     from resumable_trainer.snapshot.tree import Flat
 
@@ -127,8 +127,7 @@ class Committer:
             entries = write_files(self._files, temporary, flat, values)
             # Invariant: rows are durable before the manifest whose mark counts them.
             hooks.before_manifest()
-            manifest = hooks.manifest(entries)
-            self._store.write_manifest(temporary, manifest)
+            manifest = self._store.write_manifest(temporary, hooks.manifest(entries))
             self._store.commit(temporary, name, check=hooks.check)
         except BaseException:
             with contextlib.suppress(OSError):  # what stays of it is swept at the next start
@@ -198,12 +197,3 @@ class Committer:
                     continue  # stays where it is: retention deletes only what it can read
             self._kept = kept
         return self._kept
-
-
-def kept_of(manifest: Manifest) -> Kept:
-    """What retention knows of a snapshot on disk."""
-    best = manifest.best
-    value = manifest.metric_values.get(best.metric) if best is not None and manifest.epoch_complete else None
-    at = manifest.position
-    position = Position(at.epoch, at.batch, at.step)
-    return Kept(name=manifest.name, position=position, epoch_complete=manifest.epoch_complete, value=value)

@@ -43,22 +43,23 @@ class NewRun:
 
     Attributes:
         path: Its temporary name.
+        files: Primitive operations.
     """
 
     def __init__(self, path: Path, files: Files) -> None:
         self.path = path
-        self._files = files
+        self.files = files
 
     def write_identity(self, fields: Mapping[str, Any], event: Mapping[str, Any]) -> None:
         """Write `run.json`, and the first of its events."""
         identity = json.dumps({"format": 1, **fields, "created": now("seconds")}, indent=2)
-        write_new_file(self._files, self.path / RUN_JSON, f"{identity}\n".encode())
+        write_new_file(self.files, self.path / RUN_JSON, f"{identity}\n".encode())
         row = json.dumps({**event, "time": now("milliseconds")}, separators=(",", ":"))
-        write_new_file(self._files, self.path / EVENTS, f"{row}\n".encode())
+        write_new_file(self.files, self.path / EVENTS, f"{row}\n".encode())
 
     def write_metrics(self, data: bytes) -> None:
         """Write the metric journal."""
-        write_new_file(self._files, self.path / METRICS, data)
+        write_new_file(self.files, self.path / METRICS, data)
 
     def write_snapshot(
         self, name: str, write: Callable[[Path], dict[str, FileEntry]], manifest: Callable[..., Manifest]
@@ -73,7 +74,7 @@ class NewRun:
         Returns:
             The manifest as it was read back.
         """
-        store = Store(self.path, files=self._files)
+        store = Store(self.path, files=self.files)
         temporary = store.begin(name, token=secrets.token_hex(6))
         store.write_manifest(temporary, manifest(write(temporary)))
         store.commit(temporary, name, check=lambda: None)

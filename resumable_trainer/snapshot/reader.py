@@ -44,7 +44,20 @@ class Reader:
         Raises:
             DamagedSnapshotError: The files do not hold what the format says.
         """
+        return self._unflatten(read_values(self._path, self._manifest))
+
+    def section_on_cpu(self, name: str) -> Any:
+        """One tree as it was saved, all of its tensors on the CPU.
+
+        Raises:
+            DamagedSnapshotError: The files do not hold what the format says, or no such section.
+        """
         values = read_values(self._path, self._manifest)
+        if name not in values:
+            raise DamagedSnapshotError(f"{STATE} holds no section {name!r}", path=self._path)
+        return self._unflatten({name: _without_devices(values[name])})[name]
+
+    def _unflatten(self, values: dict[str, Any]) -> dict[str, Any]:
         with ExitStack() as stack:
             open_files: dict[str, TensorFile] = {}
 
@@ -65,3 +78,13 @@ class Reader:
         if name not in self._manifest.files:
             raise DamagedSnapshotError(f"{STATE} speaks of {name!r}, the manifest does not", path=self._path)
         return TensorFile(self._path / name)
+
+
+def _without_devices(encoded: Any) -> Any:
+    """The same values, tensors without the device on which they were."""
+    if isinstance(encoded, list):
+        return [_without_devices(inner) for inner in encoded]
+    if isinstance(encoded, dict):
+        is_tensor = "$tensor" in encoded
+        return {key: _without_devices(inner) for key, inner in encoded.items() if not (is_tensor and key == "device")}
+    return encoded
