@@ -276,7 +276,7 @@ def test_a_mix_of_two_records_is_never_believed(tmp_path: Path, monkeypatch: pyt
     lock.note_step(1000)
     new = (tmp_path / "run.lock").read_bytes()
     lock.release()
-    cut = old.index(b"9,") + 1
+    cut = old.index(b'"step": 9,') + len(b'"step": 9')
     mixes = [new[:cut] + old[cut:], new[: cut + 1] + old[cut + 1 :]]  # step 1, and no JSON at all
     reads = [old, *mixes, new, new]
     monkeypatch.setattr(os, "pread", lambda *_: reads.pop(0))
