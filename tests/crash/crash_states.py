@@ -23,13 +23,13 @@ if TYPE_CHECKING:
 
 _SHORT_STATES = 60
 _SHORT_POINTS = 10
-_LONG_POINTS = 200
-_LONG_STATES = 3000
+_LONG_POINTS = 400
+_LONG_STATES = 10_000
 _LONG_RANDOM = 40
 
 
 def run(lab: Lab) -> Count:
-    """Up to some thousand distinct states per scenario in the long form, drawn from all; some dozens in the short."""
+    """Up to ten thousand distinct states per scenario in the long form, drawn from all; some dozens in the short."""
     if (reason := ptrace.why_not()) is not None:
         return Count(skipped=reason)
     return in_parallel(_States(long=lab.long, seed=lab.seed), benches(lab))

@@ -315,7 +315,8 @@ class _Tracer:
             return None
         if call.name == "ack" or (call.path + "/").startswith(self._under + "/"):
             return call
-        return None
+        # The sync that makes the name of the directory itself durable.
+        return call if call.name == "fsync" and call.path == os.path.dirname(self._under) else None
 
     def _call_of_fd(self, tid: int, name: str, args: list[int]) -> Call:
         fd = args[0]
