@@ -57,8 +57,8 @@ class Effort:
     num_flips: int
 
 
-TINY = Effort(8, 12, Size(15, 30, 1), 25)
-SHORT = Effort(200, 40, Size(60, 30, 2), 300)
+TINY = Effort(8, 8, Size(12, 30, 1), 16)
+SHORT = Effort(200, 40, Size(60, 30, 2), 200)
 LONG = Effort(10**6, 10**6, Size(1000, 200, 40), 5000)
 
 

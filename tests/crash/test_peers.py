@@ -19,6 +19,7 @@ import ptrace
 from lab import Lab, scratch_directory
 from model import Model, UnmodelledCallError, materialise
 from peers import OWN
+from seeded import seeded
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -54,6 +55,20 @@ def test_torch_load_believes_flipped_bits(rows: dict[str, comparison.Row]) -> No
 def test_the_package_breaks_nothing(rows: dict[str, comparison.Row]) -> None:
     assert rows[OWN].is_clean, rows[OWN]
     assert all(tally.tried > 5 for tally in rows[OWN].tallies.values())
+    assert rows[OWN].tallies["L7"].verdicts.keys() == {"old"}  # damage is passed over, with nothing done by hand
+
+
+@pytest.mark.parametrize(
+    ("fault", "layer"),
+    [("written in place", "L1"), ("parent directory not synced", "L3"), ("no digest check", "L7")],
+)
+def test_the_package_gets_no_zero_as_a_gift(fault: str, layer: str) -> None:
+    with scratch_directory() as scratch, seeded(fault):
+        (row,) = comparison.compare(
+            Lab(long=False, seed=5, scratch=scratch), names=(OWN,), layers=(layer,), effort=comparison.TINY
+        )
+    assert row.violations(layer) > 0
+    assert not row.is_clean
 
 
 def traced(act: Callable[[], object], directory: Path) -> list[ptrace.Call]:
