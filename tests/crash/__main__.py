@@ -12,6 +12,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent))
 
+import comparison
 from faults import make_ready
 from lab import LAYERS, Count, Lab, run_layer, scratch_directory
 from seeded import SEEDED, seeded
@@ -41,6 +42,9 @@ def main() -> int:
     if options.seeded:
         return _run_seeded(names, seed)
     if options.peers:
+        names = [name for name in names if name in comparison.LAYERS]
+        if not names:
+            parser.error(f"--peers knows {', '.join(comparison.LAYERS)}")
         return _compare(names, Lab(long=options.long, seed=seed, scratch=Path(), say=_say), options.json)
     counts = [_run(name, Lab(long=options.long, seed=seed, scratch=Path())) for name in names]
     skipped = sum(count.skipped is not None for count in counts)
@@ -94,11 +98,8 @@ def _run_seeded(names: list[str], seed: int) -> int:
 
 def _compare(names: list[str], lab: Lab, to: Path | None) -> int:
     """The package's own row must have been tried, and be without violations; peers may break what they like."""
-    import comparison
-
     with scratch_directory() as scratch:
-        wanted = [name for name in comparison.LAYERS if name in names]
-        rows = comparison.compare(replace(lab, scratch=scratch), layers=wanted)
+        rows = comparison.compare(replace(lab, scratch=scratch), layers=names)
     print(comparison.table(rows))
     if to is not None:
         to.write_text(comparison.as_json(rows, lab))

@@ -89,6 +89,8 @@ def test_the_model_follows_writes_in_pieces_and_copies_within_the_kernel(tmp_pat
         os.writev(fd, [b"one ", b"", b"two "])
         os.writev(fd, [b"three"])
         os.sendfile(fd, taken, 7, 3000)
+        os.lseek(fd, 5, os.SEEK_SET)
+        os.writev(fd, [b"over", b"written"])
         copy = os.open(directory / "copy", os.O_CREAT | os.O_WRONLY)
         os.copy_file_range(taken, copy, 100, 5)
         os.copy_file_range(taken, copy, 300, 0, 50)
