@@ -59,7 +59,7 @@ class Effort:
 
 TINY = Effort(8, 8, Size(12, 30, 1), 16)
 SHORT = Effort(200, 40, Size(60, 30, 2), 200)
-LONG = Effort(10**6, 400, Size(500, 200, 40), 2000)
+LONG = Effort(10**6, 200, Size(400, 200, 40), 1000)
 
 
 @dataclass(frozen=True)
