@@ -88,8 +88,11 @@ def test_a_killed_holder_frees_the_run_at_once_though_its_child_lives(tmp_path: 
         end(process) if how == "fork" else process.stdout.close()  # type: ignore[union-attr]
 
 
+LOOK = "import glob; assert os.path.realpath(sys.argv[1]) not in map(os.path.realpath, glob.glob('/proc/self/fd/*'))"
+
+
 @pytest.mark.parametrize(
-    "act", ["pass", "os._exit(0)", "lock.release()", "lock.note_step(9)", "del lock; import gc; gc.collect()"]
+    "act", ["pass", "os._exit(0)", "lock.release()", "lock.note_step(9)", "del lock; import gc; gc.collect()", LOOK]
 )
 def test_a_forked_child_frees_nothing_and_says_nothing_whatever_it_does(tmp_path: Path, act: str) -> None:
     process = holder(tmp_path / "run.lock", f"child:{act}")
