@@ -568,11 +568,16 @@ def test_without_proc_an_owner_lives_while_its_pid_does(tmp_path: Path, monkeypa
 def test_a_run_that_was_held_again_is_let_go_at_the_end_of_the_block_whatever_ends_it(tmp_path: Path) -> None:
     before = len(os.listdir("/proc/self/fd"))
     lock = RunLock(tmp_path / "run.lock")
-    for _ in range(2):
-        with pytest.raises(KeyboardInterrupt), lock.held_again():
+
+    def interrupted() -> None:
+        with lock.held_again():
             with pytest.raises(RunHeldError):
                 RunLock(tmp_path / "run.lock").acquire()
             raise KeyboardInterrupt
+
+    for _ in range(2):
+        with pytest.raises(KeyboardInterrupt):
+            interrupted()
         assert len(os.listdir("/proc/self/fd")) == before
     other = RunLock(tmp_path / "run.lock")
     assert other.acquire().generation == 1
