@@ -99,6 +99,9 @@ def test_room_counts_bytes_and_files(tmp_path: Path) -> None:
     assert room.holds(num_bytes=1000, files=1)
     assert not room.holds(num_bytes=1 << 62, files=1)
     assert not filesystem.Room(num_bytes=10_000_000, files=2).holds(num_bytes=1, files=3)
+    exactly = filesystem.Room(filesystem.bytes_on_disk(1000, files=2), 2)
+    assert exactly.holds(num_bytes=1000, files=2)
+    assert not exactly.holds(num_bytes=1001, files=2)
     assert filesystem.Room(num_bytes=None, files=None).holds(num_bytes=1 << 62, files=1 << 40)
 
 
