@@ -86,12 +86,21 @@ def survives(package: Path, module: str, source: str) -> bool:
     deadline = time.monotonic() + LIMIT_SECONDS
     while (done := os.waitpid(pid, os.WNOHANG)) == (0, 0) and time.monotonic() < deadline:
         time.sleep(0.05)
-    with contextlib.suppress(ProcessLookupError):  # also what the tests have left behind
+    with contextlib.suppress(ProcessLookupError):
         os.killpg(pid, signal.SIGKILL)
+    end_what_is_left(package)
     if done == (0, 0):
         os.waitpid(pid, 0)
     shutil.copy(ROOT / "resumable_trainer" / module, path)
     return done[0] == pid and done[1] == 0
+
+
+def end_what_is_left(package: Path) -> None:
+    """Processes that the tests started in sessions of their own; a mutant may keep them from ending."""
+    for environment in Path("/proc").glob("[0-9]*/environ"):
+        with contextlib.suppress(OSError):
+            if f"PYTHONPATH={package}\0".encode() in environment.read_bytes():
+                os.kill(int(environment.parent.name), signal.SIGKILL)
 
 
 def run_tests(package: Path, module: str) -> None:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import errno
 import os
 from typing import TYPE_CHECKING
 
@@ -86,4 +87,27 @@ def test_a_file_exchanged_between_the_look_and_the_opening_is_refused(
         patch.setattr(os, "lstat", exchanged)
         with pytest.raises(ValueError, match="is not a regular file"):
             open_regular(path)
+    assert len(os.listdir("/proc/self/fd")) == before
+
+
+def test_reading_leaves_no_descriptor_open_whatever_ends_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "f").write_bytes(b"x")
+    before = len(os.listdir("/proc/self/fd"))
+    digest_file(tmp_path / "f")
+
+    def interrupted() -> None:
+        with digest_module.reading(tmp_path / "f") as file:
+            assert file.read() == b"x"
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
+
+    def broken(fd: int, num_bytes: int) -> bytes:
+        raise OSError(errno.EIO, "Input/output error")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "read", broken)
+        with pytest.raises(OSError, match="Input/output error"):
+            digest_file(tmp_path / "f")
     assert len(os.listdir("/proc/self/fd")) == before

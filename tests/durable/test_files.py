@@ -427,3 +427,47 @@ def test_a_move_syncs_each_directory_that_it_changes_the_new_name_s_first(tmp_pa
     assert synced == [tmp_path.name]
     move_directory(Noting(), tmp_path / "new", tmp_path / "aside" / "new")
     assert synced == [tmp_path.name, "aside", tmp_path.name]
+
+
+def test_every_sync_reaches_the_kernel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    if sys.platform == "darwin":
+        pytest.skip("there it is another call")
+    synced: list[str] = []
+    sync = os.fsync
+
+    def noted(fd: int) -> None:
+        synced.append(Path(os.readlink(f"/proc/self/fd/{fd}")).name)
+        sync(fd)
+
+    monkeypatch.setattr(os, "fsync", noted)
+    publish(Files(), tmp_path)
+    assert synced == ["a", "b", ".tmp-new", tmp_path.name]
+
+
+def test_the_name_of_what_is_removed_is_durably_gone_before_its_first_file(tmp_path: Path) -> None:
+    calls: list[str] = []
+
+    class Noting(Files):
+        def rename(self, source: Path, target: Path) -> None:
+            calls.append(f"rename {source.name}")
+            super().rename(source, target)
+
+        def sync_directory(self, path: Path) -> None:
+            calls.append(f"sync {path.name}")
+            super().sync_directory(path)
+
+        def remove_file(self, path: Path) -> None:
+            calls.append(f"remove {path.name}")
+            super().remove_file(path)
+
+    publish(Files(), tmp_path)
+    remove_tree(Noting(), tmp_path / "new")
+    assert calls == ["rename new", f"sync {tmp_path.name}", "remove a", "remove b"]
+
+
+def test_a_cut_file_is_cut(tmp_path: Path) -> None:
+    (tmp_path / "f").write_bytes(b"0123456789")
+    fd = os.open(tmp_path / "f", os.O_RDWR)
+    Files().truncate(fd, 4)
+    Files().close(fd)
+    assert (tmp_path / "f").read_bytes() == b"0123"

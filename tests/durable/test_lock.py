@@ -88,8 +88,11 @@ def test_a_killed_holder_frees_the_run_at_once_though_its_child_lives(tmp_path: 
         end(process) if how == "fork" else process.stdout.close()  # type: ignore[union-attr]
 
 
+LOOK = "import glob; assert os.path.realpath(sys.argv[1]) not in map(os.path.realpath, glob.glob('/proc/self/fd/*'))"
+
+
 @pytest.mark.parametrize(
-    "act", ["pass", "os._exit(0)", "lock.release()", "lock.note_step(9)", "del lock; import gc; gc.collect()"]
+    "act", ["pass", "os._exit(0)", "lock.release()", "lock.note_step(9)", "del lock; import gc; gc.collect()", LOOK]
 )
 def test_a_forked_child_frees_nothing_and_says_nothing_whatever_it_does(tmp_path: Path, act: str) -> None:
     process = holder(tmp_path / "run.lock", f"child:{act}")
@@ -560,3 +563,23 @@ def test_without_proc_an_owner_lives_while_its_pid_does(tmp_path: Path, monkeypa
     monkeypatch.setattr(os, "kill", not_ours)
     assert is_alive(replace(owner, pid=1)) is True, "another user's process is one that lives"
     lock.release()
+
+
+def test_a_run_that_was_held_again_is_let_go_at_the_end_of_the_block_whatever_ends_it(tmp_path: Path) -> None:
+    before = len(os.listdir("/proc/self/fd"))
+    lock = RunLock(tmp_path / "run.lock")
+
+    def interrupted() -> None:
+        with lock.held_again():
+            with pytest.raises(RunHeldError):
+                RunLock(tmp_path / "run.lock").acquire()
+            raise KeyboardInterrupt
+
+    for _ in range(2):
+        with pytest.raises(KeyboardInterrupt):
+            interrupted()
+        assert len(os.listdir("/proc/self/fd")) == before
+    other = RunLock(tmp_path / "run.lock")
+    assert other.acquire().generation == 1
+    other.release()
+    assert len(os.listdir("/proc/self/fd")) == before
