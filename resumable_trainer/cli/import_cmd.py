@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from resumable_trainer.errors import UsageError
 from resumable_trainer.snapshot.layout import Position
+from resumable_trainer.snapshot.new_run import refuse_taken
 
 if TYPE_CHECKING:
     import argparse
@@ -21,6 +22,7 @@ def run(args: argparse.Namespace) -> int:
     # torch is needed here, and only here: --help and wrong options are answered without.
     mapping = _mapping(args.map)
     target, file = Path(args.new_run), Path(args.file)
+    refuse_taken(target.absolute())  # before a large file is read
     from resumable_trainer.loop.identity import versions
     from resumable_trainer.snapshot.importing import import_run, read_checkpoint, recognise
     from resumable_trainer.state.parts import name_problems

@@ -160,7 +160,7 @@ def _add_export(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
         "export",
         "the weights of a snapshot as a file for other programs",
         "resumable-trainer export runs/pima -o pima.safetensors\n"
-        '                             model.load_state_dict(safetensors.torch.load_file("pima.safetensors"))',
+        '  and in Python: model.load_state_dict(safetensors.torch.load_file("pima.safetensors"))',
     )
     parser.add_argument("-o", "--output", metavar="FILE", required=True, help="the new file")
     parser.add_argument(

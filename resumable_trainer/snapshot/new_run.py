@@ -24,7 +24,7 @@ from resumable_trainer.durable.files import (
 )
 from resumable_trainer.durable.filesystem import room, shortage
 from resumable_trainer.durable.lock import RunLock
-from resumable_trainer.errors import RunHeldError, SnapshotWriteError, UsageError
+from resumable_trainer.errors import ResumableTrainerError, RunHeldError, SnapshotWriteError, UsageError
 from resumable_trainer.snapshot.layout import EVENTS, METRICS, RUN_JSON, RUN_LOCK
 from resumable_trainer.snapshot.store import Store
 
@@ -92,11 +92,11 @@ def new_run(directory: Path, *, num_bytes: int, files: Files | None = None) -> I
 
     Raises:
         UsageError: The name is taken.
-        SnapshotWriteError: There is no room for it.
+        SnapshotWriteError: There is no room for it, or the disk does not take it.
     """
     files = files if files is not None else Files()
     final = directory.absolute()
-    _refuse_taken(final)
+    refuse_taken(final)
     make_directories(files, final.parent)
     _sweep(files, final)
     _look_for_room(final, num_bytes)
@@ -106,10 +106,12 @@ def new_run(directory: Path, *, num_bytes: int, files: Files | None = None) -> I
         # Held under both names: nobody sweeps it meanwhile, and nobody starts it before it is whole.
         with RunLock(temporary / RUN_LOCK, files=files).held_again():
             yield NewRun(temporary, files)
-            commit_directory(files, temporary, final, check=lambda: _refuse_taken(final))
-    except BaseException:
+            commit_directory(files, temporary, final, check=lambda: refuse_taken(final))
+    except BaseException as error:
         with contextlib.suppress(OSError):  # what stays of it is swept by the next attempt
             remove_tree(files, temporary)
+        if isinstance(error, OSError) and not isinstance(error, ResumableTrainerError):
+            raise _not_made(final, str(error)) from error
         raise
 
 
@@ -118,7 +120,12 @@ def now(precision: str) -> str:
     return datetime.datetime.now(datetime.UTC).isoformat(timespec=precision)
 
 
-def _refuse_taken(final: Path) -> None:
+def refuse_taken(final: Path) -> None:
+    """Make sure that the name of a new run is free.
+
+    Raises:
+        UsageError: It is taken.
+    """
     if final.exists() or final.is_symlink():
         raise UsageError(
             f"{final} is there already, and a new run needs a directory of its own",
@@ -139,8 +146,10 @@ def _sweep(files: Files, final: Path) -> None:
 def _look_for_room(final: Path, num_bytes: int) -> None:
     found, needed = room(final.parent), num_bytes + _RUN_BYTES
     if not found.holds(num_bytes=needed, files=_NUM_FILES):
-        raise SnapshotWriteError(
-            f"{final} was NOT made: {shortage(final.parent, found, num_bytes=needed, files=_NUM_FILES)}",
-            path=final,
-            hint="free space, or put it on another disk",
-        )
+        raise _not_made(final, shortage(final.parent, found, num_bytes=needed, files=_NUM_FILES))
+
+
+def _not_made(final: Path, reason: str) -> SnapshotWriteError:
+    return SnapshotWriteError(
+        f"{final} was NOT made: {reason}", path=final, hint="free space, or put it on another disk"
+    )
