@@ -24,6 +24,7 @@ from resumable_trainer import (
 )
 from resumable_trainer.durable.files import Files
 from resumable_trainer.durable.lock import RunLock
+from resumable_trainer.loop import launch
 from resumable_trainer.manager import Facts
 from resumable_trainer.snapshot.layout import Position
 from resumable_trainer.snapshot.tree import Flat
@@ -546,3 +547,11 @@ def test_each_manifest_names_its_parent_and_that_manifests_digest(tmp_path: Path
     for before, after in itertools.pairwise(found):
         assert (after.parent, after.parent_digest) == (before.name, before.own_digest)
         assert before.own_digest == (manager.store.path(before.name) / "manifest.json").read_bytes()[-36:-4].decode()
+
+
+def test_the_event_of_a_commit_tells_the_bytes_that_were_written(tmp_path: Path) -> None:
+    with StateManager(tmp_path / "run", state=parts()) as manager:
+        manager.snapshot(epoch=0, batch=1, step=1, background=False)
+    event = launch.last_events(tmp_path / "run", ("committed",))["committed"]
+    written = [path for path in (tmp_path / "run/snapshots/step-000000001").iterdir() if path.name != "manifest.json"]
+    assert event["bytes"] == sum(path.stat().st_size for path in written)

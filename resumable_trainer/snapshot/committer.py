@@ -92,7 +92,7 @@ class Committer:
             hooks: See there.
 
         Returns:
-            Bytes written; None if this very snapshot is the newest durable one already.
+            Bytes of all its files but the manifest; None if this very snapshot is the newest durable one already.
 
         Raises:
             OSError: It could not be made durable; what was durable before still is.
@@ -119,7 +119,7 @@ class Committer:
                 attempt += 1
             else:
                 # Crash here: the snapshot is durable; only old ones that retention would delete are still there.
-                return num_bytes
+                return self.newest.total_bytes
 
     def _attempt(self, flat: Flat, values: bytes, name: str, hooks: Hooks) -> Manifest:
         temporary = self._store.begin(name, token=secrets.token_hex(6))
