@@ -3,6 +3,8 @@
 
 repository=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 python="$repository/.venv/bin/python"
+# Tests that concern the commit, recovery, lock and journal code: scripts/coverage runs them, and scripts/test the rest.
+covered_tests=(tests/durable tests/snapshot tests/loop tests/test_manager.py)
 
 say() { printf '== %s\n' "$*"; }
 

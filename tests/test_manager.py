@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import errno
+import itertools
 import threading
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,6 +23,11 @@ from resumable_trainer import (
     UsageError,
 )
 from resumable_trainer.durable.files import Files
+from resumable_trainer.durable.lock import RunLock
+from resumable_trainer.loop import launch
+from resumable_trainer.manager import Facts
+from resumable_trainer.snapshot.layout import Position
+from resumable_trainer.snapshot.tree import Flat
 from resumable_trainer.state.compare import differences
 
 if TYPE_CHECKING:
@@ -464,3 +470,88 @@ def test_a_run_directory_holds_no_pickle(tmp_path: Path) -> None:
             assert not zipfile.is_zipfile(io.BytesIO(data)), path
             assert path.suffix in (".json", ".jsonl", ".safetensors", ".lock"), path
     assert Path(tmp_path / "run/snapshots/step-000000001/manifest.json").is_file()
+
+
+@pytest.mark.parametrize("is_held", [True, False])
+def test_a_lock_that_is_handed_over_is_the_one_that_is_held(tmp_path: Path, is_held: bool) -> None:
+    """The command line takes it before torch is imported."""
+    lock = RunLock(tmp_path / "run" / "run.lock")
+    if is_held:
+        lock.acquire(command="handed over")
+    with StateManager(tmp_path / "run", state=parts(), lock=lock) as manager:
+        assert manager.lock is lock
+        assert lock.generation == 1, "one launch is one generation"
+        with pytest.raises(RunHeldError):
+            StateManager(tmp_path / "run", state=parts()).open()
+        manager.snapshot(epoch=0, batch=1, step=1, background=False)
+    assert not lock.is_held
+    with StateManager(tmp_path / "run", state=parts()) as manager:
+        assert manager.lock.generation == 2
+
+
+def test_an_error_in_the_background_is_raised_at_the_next_look_and_not_before(tmp_path: Path) -> None:
+    files = Full(after=0)
+    with StateManager(tmp_path / "run", state=parts(), files=files) as manager:
+        files.left = 1  # for the row of the attempt
+        pending = manager.snapshot(epoch=0, batch=1, step=1)
+        while not pending.done:
+            pending._thread.join()  # type: ignore[union-attr]
+        with pytest.raises(SnapshotWriteError, match="No space left"):
+            manager.poll()
+        manager.poll()
+
+
+def test_a_snapshot_without_modes_and_generators_leaves_both_as_they_are(tmp_path: Path) -> None:
+    """One that was imported holds parts alone."""
+    state = parts()
+    with StateManager(tmp_path / "run", state=state) as manager:
+        flat = manager.stage(manager.capture())
+        bare = Flat(
+            values={name: value for name, value in flat.values.items() if name in state},
+            tensors={name: value for name, value in flat.tensors.items() if name in state},
+        )
+        manager.write(bare, Facts(Position(0, 1, 1)), background=False)
+        expected = captured(state)
+        step(state)
+        state["model"].eval()
+        torch.manual_seed(7)
+        report = manager.restore()
+        assert report.absent == ("generators", "gradients", "modes")
+        assert differences(expected, captured(state), place="state") == []
+        assert not state["model"].training
+        drawn = torch.rand(2)
+        torch.manual_seed(7)
+        assert torch.equal(drawn, torch.rand(2))
+
+
+def test_a_lost_lock_file_does_not_bring_generations_back(tmp_path: Path) -> None:
+    for _ in range(3):
+        with StateManager(tmp_path / "run", state=parts()) as manager:
+            manager.restore()
+            generation = manager.lock.generation
+            manager.snapshot(epoch=0, batch=generation, step=generation, background=False)
+    (tmp_path / "run/run.lock").unlink()
+    (tmp_path / "run/snapshots/step-000000003/manifest.json").write_bytes(b"{}")
+    with StateManager(tmp_path / "run", state=parts()) as manager:
+        assert manager.lock.generation == 3, "one more than that of the newest manifest that can be read"
+
+
+def test_each_manifest_names_its_parent_and_that_manifests_digest(tmp_path: Path) -> None:
+    for first in (1, 3):  # the second launch reads its parent from the disk
+        with StateManager(tmp_path, state={"model": nn.Linear(2, 3)}) as manager:
+            manager.restore()
+            for step in (first, first + 1):
+                manager.snapshot(epoch=0, batch=step, step=step).wait()
+    found = [manager.store.verify(name) for name in manager.store.names()]
+    assert len(found) == 3
+    for before, after in itertools.pairwise(found):
+        assert (after.parent, after.parent_digest) == (before.name, before.own_digest)
+        assert before.own_digest == (manager.store.path(before.name) / "manifest.json").read_bytes()[-36:-4].decode()
+
+
+def test_the_event_of_a_commit_tells_the_bytes_that_were_written(tmp_path: Path) -> None:
+    with StateManager(tmp_path / "run", state=parts()) as manager:
+        manager.snapshot(epoch=0, batch=1, step=1, background=False)
+    event = launch.last_events(tmp_path / "run", ("committed",))["committed"]
+    written = [path for path in (tmp_path / "run/snapshots/step-000000001").iterdir() if path.name != "manifest.json"]
+    assert event["bytes"] == sum(path.stat().st_size for path in written)

@@ -76,6 +76,9 @@ def _parser() -> argparse.ArgumentParser:
     _add_verify(commands)
     _add_diff(commands)
     _add_fork(commands)
+    _add_prune(commands)
+    _add_export(commands)
+    _add_import(commands)
     plot = _add_looking(commands, "plot", "draw the curves of a run", "resumable-trainer plot runs/pima -o pima.svg")
     plot.add_argument("-o", "--output", metavar="FILE", help="PNG, SVG or PDF (default: RUN_DIR/history.png)")
     stop = _add_looking(
@@ -149,6 +152,74 @@ def _add_fork(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> 
     parser.add_argument("run", metavar="RUN", help="RUN_DIR, RUN_DIR:WHICH, or the path of a snapshot")
     parser.add_argument("new_run", metavar="NEW_RUN", help="the new run directory; the name must be free")
     parser.add_argument("--from", dest="which", help="latest, best, a STEP or epoch:N (default: latest)")
+    parser.add_argument("--json", action="store_true", help="print JSON for programs")
+
+
+def _add_prune(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    parser = _add_looking(
+        commands, "prune", "delete snapshots that need not stay", "resumable-trainer prune runs/pima --dry-run"
+    )
+    parser.description = (
+        "Delete snapshots that need not stay: without options, those that the run itself would delete. The newest that"
+        " verifies always stays, what is damaged too, and the best unless --keep-best 0 is given."
+    )
+    parser.add_argument("--keep-last", type=int, metavar="N", help="how many of the newest stay (at least 1)")
+    parser.add_argument("--keep-best", type=int, metavar="N", help="how many of the best stay besides")
+    parser.add_argument("--keep-every", type=int, metavar="N", help="each N-th epoch's stays besides; 0 for none")
+    parser.add_argument("--quarantine", action="store_true", help="delete what lies in quarantine/ too")
+    parser.add_argument("--set-aside", action="store_true", help="delete what was set aside too")
+    parser.add_argument("--dry-run", action="store_true", help="say what would go and what it frees; change nothing")
+
+
+def _add_export(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    parser = _add_looking(
+        commands,
+        "export",
+        "the weights of a snapshot as a file for other programs",
+        "resumable-trainer export runs/pima -o pima.safetensors\n"
+        '  and in Python: model.load_state_dict(safetensors.torch.load_file("pima.safetensors"))',
+    )
+    parser.add_argument("-o", "--output", metavar="FILE", required=True, help="the new file")
+    parser.add_argument(
+        "--from", dest="which", help="best, latest, a STEP or epoch:N (default: best if there is one, else latest)"
+    )
+    parser.add_argument("--part", help="which part (default: model, or the only one that looks like a model)")
+    parser.add_argument(
+        "--format",
+        choices=["safetensors", "torch"],
+        default="safetensors",
+        help="torch: a file of torch.save, which torch.load(weights_only=True) reads",
+    )
+    parser.add_argument("--force", action="store_true", help="overwrite FILE")
+
+
+def _add_import(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    parser = commands.add_parser(
+        "import",
+        help="a new run from a checkpoint of torch.save or safetensors",
+        description="Make a new run from a checkpoint that something else wrote. Only tensors and plain values are"
+        " taken (torch.load with weights_only, and nothing less). Generators, the place in the data and early stopping"
+        " are not in such a file and begin anew.",
+        epilog="examples:\n  resumable-trainer import old.pt runs/new --epoch 10 --step 7000\n"
+        "  resumable-trainer import lightning.ckpt runs/new --strip model. --map scheduler=\n"
+        "  resumable-trainer import old.pt runs/new --map model=net --map optimizer=opts.0",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("file", metavar="FILE", help="the checkpoint")
+    parser.add_argument("new_run", metavar="NEW_RUN", help="the new run directory; the name must be free")
+    parser.add_argument("--epoch", type=int, metavar="N", help="epochs that are complete (default: as the file says)")
+    parser.add_argument("--step", type=int, metavar="N", help="batches trained since the start (as the file says)")
+    parser.add_argument("--batch", type=int, default=0, metavar="N", help="batches of the epoch under way")
+    parser.add_argument(
+        "--map",
+        action="append",
+        default=[],
+        metavar="NAME=KEY",
+        help="KEY of the file (a.b or a.0 below it) becomes part NAME; an empty KEY leaves the part out",
+    )
+    parser.add_argument(
+        "--strip", action="append", default=[], metavar="PREFIX", help="take PREFIX off the names of a model's tensors"
+    )
     parser.add_argument("--json", action="store_true", help="print JSON for programs")
 
 

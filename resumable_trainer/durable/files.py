@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Self
 from resumable_trainer.durable.digest import Digest, FileDigest
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
     from pathlib import Path
     from types import TracebackType
 
@@ -205,6 +205,31 @@ def write_replacing(files: Files, path: Path, data: Buffer) -> None:
     write_new_file(files, temporary, data)
     # Crash here: the old content stands; the temporary file is swept at the next start.
     files.replace(temporary, path)
+    files.sync_directory(path.parent)
+
+
+@contextlib.contextmanager
+def published_file(files: Files, path: Path, *, replacing: bool = False) -> Iterator[NewFile]:
+    """A file that gets its name, whole and durable, on leaving the block without an error.
+
+    Args:
+        files: Primitive operations.
+        path: Where.
+        replacing: Take the name from a file that has it; else it must be free.
+
+    Raises:
+        FileExistsError: The name is taken.
+    """
+    temporary = path.with_name(f"{TEMPORARY_PREFIX}{secrets.token_hex(8)}")  # a long name stays within the limit
+    try:
+        with NewFile(temporary, files=files) as file:
+            yield file
+        # Crash here: nothing has the name, or the old content; the temporary file counts for nobody.
+        (files.replace if replacing else files.rename)(temporary, path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            files.remove_file(temporary)
+        raise
     files.sync_directory(path.parent)
 
 

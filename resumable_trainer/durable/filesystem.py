@@ -129,6 +129,15 @@ def room(path: Path) -> Room:
     return Room(blocks * found.f_frsize if found.f_blocks else None, entries if found.f_files else None)
 
 
+def shortage(path: Path, found: Room, *, num_bytes: int, files: int) -> str:
+    """What is missing where `found` does not hold so many bytes in so many new files, for a person."""
+    place = file_system(path)
+    needed, where = bytes_on_disk(num_bytes, files=files), f"on {place.mount_point} ({place.kind})"
+    if found.num_bytes is not None and needed > found.num_bytes:
+        return f"it needs {needed:,} bytes, {found.num_bytes:,} are free {where}"
+    return f"it needs {files} file entries, {found.files} are free {where}"
+
+
 def warnings(path: Path) -> list[str]:
     """Lines for a person on what makes a run in this directory less than durable or less than safe."""
     place = file_system(path)

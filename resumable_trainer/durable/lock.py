@@ -275,8 +275,7 @@ class RunLock:
 
     def _close_in_child(self) -> None:
         """Close our inherited descriptor; filelock closes its own, and neither unlocks anything."""
-        if self._fd >= 0:
-            close_after_reading(self._fd)
+        close_after_reading(self._fd)
         self._fd = -1
         self._owner = None
 

@@ -7,7 +7,7 @@ import json
 import math
 import secrets
 import socket
-from dataclasses import replace
+from dataclasses import asdict, replace
 from os import getpid
 from typing import TYPE_CHECKING, Any
 
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from resumable_trainer.loop.record import Record
     from resumable_trainer.manager import RestoreReport, StateManager
     from resumable_trainer.snapshot.manifest import Manifest
+    from resumable_trainer.snapshot.retention import Retention
 
 
 def identify(manager: StateManager, command: Command, seed: int) -> None:
@@ -40,7 +41,7 @@ def identify(manager: StateManager, command: Command, seed: int) -> None:
     if path.exists():
         try:
             manager.run_id = str(json.loads(path.read_bytes())["run_id"])
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise DamagedSnapshotError(
                 f"{path} is damaged: {error}",
                 path=path,
@@ -69,8 +70,8 @@ def known_run_id(manager: StateManager) -> str | None:
     return None
 
 
-def note_launch(manager: StateManager, command: Command) -> None:
-    """The event from which `resume` learns what to start."""
+def note_launch(manager: StateManager, command: Command, retention: Retention) -> None:
+    """The event from which `resume` learns what to start, and `prune` what is to stay."""
     recorded = command.to_json() if command.script or command.module else None
     manager.note(
         "launched",
@@ -79,6 +80,7 @@ def note_launch(manager: StateManager, command: Command) -> None:
         pid=getpid(),
         host=socket.gethostname(),
         versions=identity.versions(),
+        retention=asdict(retention),
     )
 
 

@@ -9,7 +9,6 @@ body, and where the batches go on), and the generators last at each of them.
 from __future__ import annotations
 
 import time
-from functools import partial
 from itertools import islice
 from typing import TYPE_CHECKING, Any, Self
 
@@ -35,7 +34,7 @@ from resumable_trainer.loop.triggers import SnapshotPolicy
 from resumable_trainer.manager import Facts, Outcome, RestoreReport, StateManager, usable
 from resumable_trainer.metrics.history import History
 from resumable_trainer.snapshot.layout import METRICS, snapshot_name
-from resumable_trainer.snapshot.retention import to_delete
+from resumable_trainer.snapshot.retention import Retention
 from resumable_trainer.state import generators
 from resumable_trainer.state.modes import StepWatch
 from resumable_trainer.state.parts import check_parts, scalar_settings, undriven_schedulers
@@ -143,7 +142,7 @@ class Run:
         self._manager = StateManager(
             self.directory,
             state=self._state,
-            retain=self._retain(),
+            retain=self._retention().to_delete,
             lock=launch.process.handover.locks.pop(self.directory.resolve(), None),
             command=str(self._command),
         )
@@ -160,7 +159,7 @@ class Run:
         launch.process.note_opened(self.directory, self._manager.lock.generation)
         with usable(self.directory):
             opening.identify(self._manager, self._command, self._seed)
-            opening.note_launch(self._manager, self._command)
+            opening.note_launch(self._manager, self._command, self._retention())
             self._record = Record(self.directory / METRICS, self._early_stopping, files=self._manager.files)
         self._watch = StepWatch(self._state)
         self._manager.watch_gradients(self._watch)
@@ -221,13 +220,12 @@ class Run:
                 hint="put them back, or start without --strict",
             )
 
-    def _retain(self) -> Callable[..., list[str]]:
+    def _retention(self) -> Retention:
         policy = self._policy
         every_steps = None
         if policy.keep_every is not None and policy.every_steps is not None:
             every_steps = policy.keep_every * policy.every_steps
-        return partial(
-            to_delete,
+        return Retention(
             keep_last=policy.keep_last,
             keep_best=policy.keep_best if self._early_stopping else 0,
             keep_every=policy.keep_every,

@@ -16,6 +16,8 @@ from resumable_trainer.snapshot.layout import EVENTS, RUN_JSON, RUN_LOCK, SNAPSH
 from resumable_trainer.snapshot.store import Store
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from resumable_trainer.snapshot.manifest import Manifest
 
 DEFAULT_ROOT = Path("runs")
@@ -91,7 +93,7 @@ def runs_below(root: Path) -> list[Path]:
 
 
 def most_recent(root: Path = DEFAULT_ROOT) -> Path:
-    """The run below `root` whose events are the newest.
+    """The run below `root` whose events are the newest; pruning a run is no activity of it.
 
     Raises:
         NotFoundError: There is none.
@@ -101,15 +103,16 @@ def most_recent(root: Path = DEFAULT_ROOT) -> Path:
         raise NotFoundError(
             f"there is no run below {root.resolve()}", path=root, hint="name the run directory, or start one with run"
         )
-    return max(runs, key=lambda path: str((last_event(path) or {}).get("time", "")))
+    return max(runs, key=lambda path: str((last_event(path, passing_over=("pruned",)) or {}).get("time", "")))
 
 
-def last_event(directory: Path) -> dict[str, Any] | None:
-    """The newest event of a run."""
+def last_event(directory: Path, *, passing_over: Sequence[str] = ()) -> dict[str, Any] | None:
+    """The newest event of a run, of other kinds than those passed over."""
     path = directory / EVENTS
     last = None
     for row in read_rows(path) if path.exists() else ():
-        last = row
+        if row.get("event") not in passing_over:
+            last = row
     return last
 
 

@@ -17,18 +17,17 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from resumable_trainer.durable.files import remove_tree
-from resumable_trainer.durable.filesystem import bytes_on_disk, file_system, room
+from resumable_trainer.durable.filesystem import room, shortage
 from resumable_trainer.errors import DamagedSnapshotError, RunHeldError
-from resumable_trainer.snapshot.layout import Position
-from resumable_trainer.snapshot.retention import Kept
+from resumable_trainer.snapshot.retention import kept_of
 from resumable_trainer.snapshot.writer import encode_values, size, write_files
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
-    from pathlib import Path
 
     from resumable_trainer.durable.files import Files
     from resumable_trainer.snapshot.manifest import FileEntry, Manifest
+    from resumable_trainer.snapshot.retention import Kept
     from resumable_trainer.snapshot.store import Store
     from resumable_trainer.snapshot.tree import Flat
 
@@ -93,7 +92,7 @@ class Committer:
             hooks: See there.
 
         Returns:
-            Bytes written; None if this very snapshot is the newest durable one already.
+            Bytes of all its files but the manifest; None if this very snapshot is the newest durable one already.
 
         Raises:
             OSError: It could not be made durable; what was durable before still is.
@@ -107,18 +106,20 @@ class Committer:
         values = encode_values(flat)
         num_bytes, num_files = size(flat, values)
         self._make_room(facts, hooks, num_bytes=num_bytes, num_files=num_files)
-        for attempt in range(1, _ATTEMPTS + 1):
+        attempt = 1
+        while True:
             try:
                 self.newest = self._attempt(flat, values, facts.name, hooks)
-                break
             except RunHeldError:
                 raise
             except OSError as error:
                 hooks.note("attempt_failed", snapshot=facts.name, attempt=attempt, reason=str(error))
                 if attempt == _ATTEMPTS or error.errno in _LASTING:
                     raise
-        # Crash here: the snapshot is durable; only old ones that retention would delete are still there.
-        return num_bytes
+                attempt += 1
+            else:
+                # Crash here: the snapshot is durable; only old ones that retention would delete are still there.
+                return self.newest.total_bytes
 
     def _attempt(self, flat: Flat, values: bytes, name: str, hooks: Hooks) -> Manifest:
         temporary = self._store.begin(name, token=secrets.token_hex(6))
@@ -126,8 +127,7 @@ class Committer:
             entries = write_files(self._files, temporary, flat, values)
             # Invariant: rows are durable before the manifest whose mark counts them.
             hooks.before_manifest()
-            manifest = hooks.manifest(entries)
-            self._store.write_manifest(temporary, manifest)
+            manifest = self._store.write_manifest(temporary, hooks.manifest(entries))
             self._store.commit(temporary, name, check=hooks.check)
         except BaseException:
             with contextlib.suppress(OSError):  # what stays of it is swept at the next start
@@ -156,7 +156,8 @@ class Committer:
             hooks.note("deleted_early", snapshot=name, reason=f"room for {facts.name}")
         found = room(directory)
         if not found.holds(num_bytes=num_bytes, files=num_files):
-            raise OSError(errno.ENOSPC, _shortage(directory, found.num_bytes, found.files, num_bytes, num_files))
+            missing = shortage(directory, found, num_bytes=num_bytes, files=num_files)
+            raise OSError(errno.ENOSPC, f"{os.strerror(errno.ENOSPC)}: {missing}")
 
     def _doomed(self, new: Kept) -> list[str]:
         """What retention deletes once the new snapshot is there; never the newest durable one."""
@@ -196,21 +197,3 @@ class Committer:
                     continue  # stays where it is: retention deletes only what it can read
             self._kept = kept
         return self._kept
-
-
-def kept_of(manifest: Manifest) -> Kept:
-    """What retention knows of a snapshot on disk."""
-    best = manifest.best
-    value = manifest.metric_values.get(best.metric) if best is not None and manifest.epoch_complete else None
-    at = manifest.position
-    position = Position(at.epoch, at.batch, at.step)
-    return Kept(name=manifest.name, position=position, epoch_complete=manifest.epoch_complete, value=value)
-
-
-def _shortage(directory: Path, free: int | None, entries: int | None, num_bytes: int, num_files: int) -> str:
-    place = file_system(directory)
-    needed = bytes_on_disk(num_bytes, files=num_files)
-    text = os.strerror(errno.ENOSPC)
-    if free is not None and needed > free:
-        return f"{text}: it needs {needed:,} bytes, {free:,} are free on {place.mount_point} ({place.kind})"
-    return f"{text}: it needs {num_files} file entries, {entries} are free on {place.mount_point} ({place.kind})"

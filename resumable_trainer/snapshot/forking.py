@@ -108,6 +108,6 @@ def _identity(run: Path) -> dict[str, Any]:
     try:
         with reading(run / RUN_JSON) as file:
             fields = json.loads(file.read(_MAX_IDENTITY_BYTES))
-    except (FileNotFoundError, ValueError):
+    except (FileNotFoundError, ValueError, RecursionError):
         return {}
     return fields if isinstance(fields, dict) else {}

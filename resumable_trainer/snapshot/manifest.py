@@ -11,7 +11,7 @@ import math
 import re
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from resumable_trainer.durable.digest import digest_bytes
 from resumable_trainer.errors import DamagedSnapshotError, SettingsError
@@ -25,7 +25,9 @@ _SPECIAL_FLOATS = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf
 
 
 class _Record(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=True)
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", strict=True, allow_inf_nan=True, ser_json_inf_nan="constants"
+    )
 
 
 class FileEntry(_Record):
@@ -50,6 +52,11 @@ class Best(_Record):
     value: float
     epoch: int
     step: int
+
+    @field_validator("value", mode="before")
+    @classmethod
+    def _from_word(cls, value: object) -> object:
+        return _SPECIAL_FLOATS.get(value, value) if isinstance(value, str) else value
 
 
 class PositionFields(_Record):
@@ -84,8 +91,9 @@ class Manifest(_Record):
 
     @property
     def metric_values(self) -> dict[str, float]:
-        """Values of the newest epoch row as numbers."""
-        return {n: _SPECIAL_FLOATS[v] if isinstance(v, str) else v for n, v in self.metrics.items()}
+        """Values of the newest epoch row as numbers; other words than those for special floats are left out."""
+        values = {name: _SPECIAL_FLOATS.get(v) if isinstance(v, str) else v for name, v in self.metrics.items()}
+        return {name: value for name, value in values.items() if value is not None}
 
     @property
     def total_bytes(self) -> int:

@@ -22,9 +22,9 @@ from resumable_trainer.durable.files import (
     remove_tree,
     write_new_file,
 )
-from resumable_trainer.durable.filesystem import bytes_on_disk, room
+from resumable_trainer.durable.filesystem import room, shortage
 from resumable_trainer.durable.lock import RunLock
-from resumable_trainer.errors import RunHeldError, SnapshotWriteError, UsageError
+from resumable_trainer.errors import ResumableTrainerError, RunHeldError, SnapshotWriteError, UsageError
 from resumable_trainer.snapshot.layout import EVENTS, METRICS, RUN_JSON, RUN_LOCK
 from resumable_trainer.snapshot.store import Store
 
@@ -43,22 +43,23 @@ class NewRun:
 
     Attributes:
         path: Its temporary name.
+        files: Primitive operations.
     """
 
     def __init__(self, path: Path, files: Files) -> None:
         self.path = path
-        self._files = files
+        self.files = files
 
     def write_identity(self, fields: Mapping[str, Any], event: Mapping[str, Any]) -> None:
         """Write `run.json`, and the first of its events."""
         identity = json.dumps({"format": 1, **fields, "created": now("seconds")}, indent=2)
-        write_new_file(self._files, self.path / RUN_JSON, f"{identity}\n".encode())
+        write_new_file(self.files, self.path / RUN_JSON, f"{identity}\n".encode())
         row = json.dumps({**event, "time": now("milliseconds")}, separators=(",", ":"))
-        write_new_file(self._files, self.path / EVENTS, f"{row}\n".encode())
+        write_new_file(self.files, self.path / EVENTS, f"{row}\n".encode())
 
     def write_metrics(self, data: bytes) -> None:
         """Write the metric journal."""
-        write_new_file(self._files, self.path / METRICS, data)
+        write_new_file(self.files, self.path / METRICS, data)
 
     def write_snapshot(
         self, name: str, write: Callable[[Path], dict[str, FileEntry]], manifest: Callable[..., Manifest]
@@ -73,7 +74,7 @@ class NewRun:
         Returns:
             The manifest as it was read back.
         """
-        store = Store(self.path, files=self._files)
+        store = Store(self.path, files=self.files)
         temporary = store.begin(name, token=secrets.token_hex(6))
         store.write_manifest(temporary, manifest(write(temporary)))
         store.commit(temporary, name, check=lambda: None)
@@ -91,11 +92,11 @@ def new_run(directory: Path, *, num_bytes: int, files: Files | None = None) -> I
 
     Raises:
         UsageError: The name is taken.
-        SnapshotWriteError: There is no room for it.
+        SnapshotWriteError: There is no room for it, or the disk does not take it.
     """
     files = files if files is not None else Files()
     final = directory.absolute()
-    _refuse_taken(final)
+    refuse_taken(final)
     make_directories(files, final.parent)
     _sweep(files, final)
     _look_for_room(final, num_bytes)
@@ -105,10 +106,12 @@ def new_run(directory: Path, *, num_bytes: int, files: Files | None = None) -> I
         # Held under both names: nobody sweeps it meanwhile, and nobody starts it before it is whole.
         with RunLock(temporary / RUN_LOCK, files=files).held_again():
             yield NewRun(temporary, files)
-            commit_directory(files, temporary, final, check=lambda: _refuse_taken(final))
-    except BaseException:
+            commit_directory(files, temporary, final, check=lambda: refuse_taken(final))
+    except BaseException as error:
         with contextlib.suppress(OSError):  # what stays of it is swept by the next attempt
             remove_tree(files, temporary)
+        if isinstance(error, OSError) and not isinstance(error, ResumableTrainerError):
+            raise _not_made(final, str(error)) from error
         raise
 
 
@@ -117,7 +120,12 @@ def now(precision: str) -> str:
     return datetime.datetime.now(datetime.UTC).isoformat(timespec=precision)
 
 
-def _refuse_taken(final: Path) -> None:
+def refuse_taken(final: Path) -> None:
+    """Make sure that the name of a new run is free.
+
+    Raises:
+        UsageError: It is taken.
+    """
     if final.exists() or final.is_symlink():
         raise UsageError(
             f"{final} is there already, and a new run needs a directory of its own",
@@ -138,9 +146,10 @@ def _sweep(files: Files, final: Path) -> None:
 def _look_for_room(final: Path, num_bytes: int) -> None:
     found, needed = room(final.parent), num_bytes + _RUN_BYTES
     if not found.holds(num_bytes=needed, files=_NUM_FILES):
-        raise SnapshotWriteError(
-            f"{final} was NOT made: it needs {bytes_on_disk(needed, files=_NUM_FILES):,} bytes,"
-            f" {found.num_bytes or 0:,} are free",
-            path=final,
-            hint="free space, or put it on another disk",
-        )
+        raise _not_made(final, shortage(final.parent, found, num_bytes=needed, files=_NUM_FILES))
+
+
+def _not_made(final: Path, reason: str) -> SnapshotWriteError:
+    return SnapshotWriteError(
+        f"{final} was NOT made: {reason}", path=final, hint="free space, or put it on another disk"
+    )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import struct
 from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +18,9 @@ if TYPE_CHECKING:
     import torch
 
     from resumable_trainer.snapshot.manifest import Manifest
+
+# What builtins, numpy and torch raise when they are given values that they cannot be made of.
+_NO_STATE = (ValueError, TypeError, LookupError, ArithmeticError, AttributeError, RuntimeError, struct.error)
 
 
 class Reader:
@@ -40,7 +44,20 @@ class Reader:
         Raises:
             DamagedSnapshotError: The files do not hold what the format says.
         """
+        return self._unflatten(read_values(self._path, self._manifest))
+
+    def section_on_cpu(self, name: str) -> Any:
+        """One tree as it was saved, all of its tensors on the CPU.
+
+        Raises:
+            DamagedSnapshotError: The files do not hold what the format says, or no such section.
+        """
         values = read_values(self._path, self._manifest)
+        if name not in values:
+            raise DamagedSnapshotError(f"{STATE} holds no section {name!r}", path=self._path)
+        return self._unflatten({name: _without_devices(values[name])})[name]
+
+    def _unflatten(self, values: dict[str, Any]) -> dict[str, Any]:
         with ExitStack() as stack:
             open_files: dict[str, TensorFile] = {}
 
@@ -53,7 +70,7 @@ class Reader:
                 return unflatten(values, read)
             except DamagedSnapshotError:
                 raise
-            except (ValueError, TypeError, KeyError, AttributeError, RuntimeError) as error:
+            except _NO_STATE as error:
                 raise DamagedSnapshotError(f"{STATE} does not describe a state: {error}", path=self._path) from error
 
     def _tensor_file(self, section: str) -> TensorFile:
@@ -61,3 +78,13 @@ class Reader:
         if name not in self._manifest.files:
             raise DamagedSnapshotError(f"{STATE} speaks of {name!r}, the manifest does not", path=self._path)
         return TensorFile(self._path / name)
+
+
+def _without_devices(encoded: Any) -> Any:
+    """The same values, tensors without the device on which they were."""
+    if isinstance(encoded, list):
+        return [_without_devices(inner) for inner in encoded]
+    if isinstance(encoded, dict):
+        is_tensor = "$tensor" in encoded
+        return {key: _without_devices(inner) for key, inner in encoded.items() if not (is_tensor and key == "device")}
+    return encoded

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Literal
+
+from resumable_trainer.snapshot.layout import Position
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from resumable_trainer.snapshot.layout import Position
+    from resumable_trainer.snapshot.manifest import Manifest
 
 
 @dataclass(frozen=True)
@@ -27,6 +29,36 @@ class Kept:
     position: Position
     epoch_complete: bool
     value: float | None
+
+
+def kept_of(manifest: Manifest) -> Kept:
+    """What retention knows of a snapshot on disk."""
+    best = manifest.best
+    value = manifest.metric_values.get(best.metric) if best is not None and manifest.epoch_complete else None
+    at = manifest.position
+    position = Position(at.epoch, at.batch, at.step)
+    return Kept(name=manifest.name, position=position, epoch_complete=manifest.epoch_complete, value=value)
+
+
+@dataclass(frozen=True)
+class Retention:
+    """Which snapshots stay; see `to_delete` for the meaning of each."""
+
+    keep_last: int = 3
+    keep_best: int = 1
+    keep_every: int | None = None
+    keep_every_steps: int | None = None
+    mode: Literal["max", "min"] = "max"
+
+    def to_delete(self, snapshots: Sequence[Kept]) -> list[str]:
+        """Names of the snapshots that need not stay, of all valid ones, oldest first."""
+        return to_delete(snapshots, **asdict(self))
+
+    def __str__(self) -> str:
+        words = [f"the last {self.keep_last}", f"the best {self.keep_best}"]
+        words += [f"each {self.keep_every}. epoch"] if self.keep_every else []
+        words += [f"each {self.keep_every_steps}. step"] if self.keep_every_steps else []
+        return ", ".join(words)
 
 
 def to_delete(

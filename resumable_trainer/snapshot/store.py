@@ -30,6 +30,7 @@ from resumable_trainer.snapshot.layout import (
     ParsedName,
     parse_name,
 )
+from resumable_trainer.snapshot.manifest import from_bytes
 from resumable_trainer.snapshot.verify import read_manifest, verify
 
 if TYPE_CHECKING:
@@ -174,9 +175,11 @@ class Store:
         self._files.make_directory(temporary)
         return temporary
 
-    def write_manifest(self, temporary: Path, manifest: Manifest) -> None:
-        """Write the manifest, the last file of a snapshot."""
-        write_new_file(self._files, temporary / MANIFEST, manifest.to_bytes())
+    def write_manifest(self, temporary: Path, manifest: Manifest) -> Manifest:
+        """Write the manifest, the last file of a snapshot; the same with the digest that it has now."""
+        data = manifest.to_bytes()
+        write_new_file(self._files, temporary / MANIFEST, data)
+        return from_bytes(data)
 
     def commit(self, temporary: Path, name: str, *, check: Callable[[], None]) -> None:
         """Give a finished snapshot its name; durable on return."""

@@ -46,15 +46,19 @@ def check_parts(state: Mapping[str, object]) -> None:
     """
     problems = []
     for name, part in state.items():
-        if not isinstance(name, str) or not _NAME.fullmatch(name):
-            problems.append(f"part name {name!r} must be letters, digits, '_', '-' or '.'")
-        elif name in RESERVED_NAMES:
-            problems.append(f"part name {name!r} is reserved")
+        problems += name_problems(name)
         if not isinstance(part, Stateful) and not generators.is_generator(part):
             kind = type(part).__name__
             problems.append(f"part {name!r} is a {kind}, which has no state_dict() and load_state_dict()")
     if problems:
         raise SettingsError(f"state: {'; '.join(problems)}", found=problems)
+
+
+def name_problems(name: object) -> list[str]:
+    """Why a part cannot have this name; empty if it can."""
+    if not isinstance(name, str) or not _NAME.fullmatch(name):
+        return [f"part name {name!r} must be letters, digits, '_', '-' or '.'"]
+    return [f"part name {name!r} is reserved"] if name in RESERVED_NAMES else []
 
 
 def capture_part(part: object) -> object:

@@ -161,8 +161,8 @@ def test_a_training_that_raises_exits_70_with_its_traceback(tmp_path: Path, how:
 
 
 def test_help_needs_nothing_heavy(tmp_path: Path) -> None:
-    for args in (["--help"], ["run", "--help"], ["resume", "--help"], ["stop", "--help"]):
-        done = command(tmp_path, *args, PYTHONPROFILEIMPORTTIME="1")
+    for words in ("", "run", "resume", "stop", "prune", "export", "import"):
+        done = command(tmp_path, *words.split(), "--help", PYTHONPROFILEIMPORTTIME="1")
         assert done.returncode == 0
         assert "example" in done.stdout
         for heavy in ("| torch", "| pydantic", "| numpy"):

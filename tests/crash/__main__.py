@@ -7,10 +7,12 @@ import secrets
 import sys
 import time
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent))
 
+import comparison
 from faults import make_ready
 from lab import LAYERS, Count, Lab, run_layer, scratch_directory
 from seeded import SEEDED, seeded
@@ -27,6 +29,10 @@ def main() -> int:
     parser.add_argument(
         "--seeded", action="store_true", help="put in deliberate faults, and say which layer catches them"
     )
+    parser.add_argument(
+        "--peers", action="store_true", help="compare with what people use; in an environment of its own"
+    )
+    parser.add_argument("--json", type=Path, help="with --peers: a file for the table and its details")
     options = parser.parse_args()
     names = options.layers.split(",")
     if unknown := [name for name in names if name not in LAYERS]:
@@ -35,11 +41,20 @@ def main() -> int:
     print(f"crash laboratory, {'long' if options.long else 'short'} form, seed {seed}", flush=True)
     if options.seeded:
         return _run_seeded(names, seed)
+    if options.peers:
+        names = [name for name in names if name in comparison.LAYERS]
+        if not names:
+            parser.error(f"--peers knows {', '.join(comparison.LAYERS)}")
+        return _compare(names, Lab(long=options.long, seed=seed, scratch=Path(), say=_say), options.json)
     counts = [_run(name, Lab(long=options.long, seed=seed, scratch=Path())) for name in names]
     skipped = sum(count.skipped is not None for count in counts)
     broken = sum(len(count.violations) for count in counts)
     print(f"{sum(count.tried for count in counts):,} faults tried, {broken} violations, {skipped} layers skipped")
     return 1 if broken else 0
+
+
+def _say(line: str) -> None:
+    print(f"  {line}", flush=True)
 
 
 def _run(name: str, lab: Lab) -> Count:
@@ -79,6 +94,17 @@ def _run_seeded(names: list[str], seed: int) -> int:
     print(f"{len(SEEDED)} deliberate faults, {len(missed)} missed; caught by layer: {dict(catches)}")
     print(f"layers that caught none: {', '.join(idle) or 'none'}; skipped: {', '.join(sorted(skipped)) or 'none'}")
     return 1 if missed or idle else 0
+
+
+def _compare(names: list[str], lab: Lab, to: Path | None) -> int:
+    """The package's own row must have been tried, and be without violations; peers may break what they like."""
+    with scratch_directory() as scratch:
+        rows = comparison.compare(replace(lab, scratch=scratch), layers=names)
+    print(comparison.table(rows))
+    if to is not None:
+        to.write_text(comparison.as_json(rows, lab))
+    unknown = [row.peer for row in rows if any(tally.unknown for tally in row.tallies.values())]
+    return 0 if rows[-1].is_clean and not unknown else 1
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import random
 import shutil
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import oracle
@@ -21,15 +22,21 @@ if TYPE_CHECKING:
     from lab import Lab
     from model import Disk, Op
 
-_SHORT_STATES = 60
-_SHORT_POINTS = 10
-_LONG_POINTS = 200
-_LONG_STATES = 3000
-_LONG_RANDOM = 40
+
+@dataclass(frozen=True)
+class Size:
+    """At most so many states, crash points, and random choices at each point."""
+
+    num_states: int
+    num_points: int
+    num_random: int
+
+
+SHORT, LONG = Size(60, 10, 2), Size(10_000, 400, 40)
 
 
 def run(lab: Lab) -> Count:
-    """Up to some thousand distinct states per scenario in the long form, drawn from all; some dozens in the short."""
+    """Up to ten thousand distinct states per scenario in the long form, drawn from all; some dozens in the short."""
     if (reason := ptrace.why_not()) is not None:
         return Count(skipped=reason)
     return in_parallel(_States(long=lab.long, seed=lab.seed), benches(lab))
@@ -37,9 +44,7 @@ def run(lab: Lab) -> Count:
 
 class _States:
     def __init__(self, *, long: bool, seed: int) -> None:
-        self._limit = _LONG_STATES if long else _SHORT_STATES
-        self._num_random = _LONG_RANDOM if long else 2
-        self._num_points = _LONG_POINTS if long else _SHORT_POINTS
+        self._size = LONG if long else SHORT
         self._seed = seed
 
     def __call__(self, bench: Bench) -> Count:
@@ -52,24 +57,25 @@ class _States:
         except UnmodelledCallError as error:
             count.add(bench.scenario, [f"{bench.scenario}: the model does not know {error}"])
             return count
-        for acked, disk in self._distinct(model, chance):
+        for acked, disk in distinct(model, chance, self._size):
             count.add(bench.scenario, judge(bench, acked, disk))
         return count
 
-    def _distinct(self, model: Model, chance: random.Random) -> list[tuple[list[str], Disk]]:
-        """Distinct states, drawn evenly from all where there are too many."""
-        found: dict[bytes, tuple[int, list[str], list[Op]]] = {}
-        points = model.points()
-        if len(points) > self._num_points:
-            points = sorted(chance.sample(points, self._num_points))
-        for at, survivors in model.states(points, chance, num_random=self._num_random):
-            acked = model.acked(at)
-            key = hashlib.blake2b(repr((acked, sorted(model.disk(survivors).tree()))).encode(), digest_size=16).digest()
-            found.setdefault(key, (at, acked, survivors))
-        chosen = list(found.values())
-        if len(chosen) > self._limit:
-            chosen = chance.sample(chosen, self._limit)
-        return [(acked, model.disk(survivors)) for _, acked, survivors in chosen]
+
+def distinct(model: Model, chance: random.Random, size: Size) -> list[tuple[list[str], Disk]]:
+    """Distinct states with what had been acknowledged, drawn evenly from all where there are too many."""
+    found: dict[bytes, tuple[int, list[str], list[Op]]] = {}
+    points = model.points()
+    if len(points) > size.num_points:
+        points = sorted(chance.sample(points, size.num_points))
+    for at, survivors in model.states(points, chance, num_random=size.num_random):
+        acked = model.acked(at)
+        key = hashlib.blake2b(repr((acked, sorted(model.disk(survivors).tree()))).encode(), digest_size=16).digest()
+        found.setdefault(key, (at, acked, survivors))
+    chosen = list(found.values())
+    if len(chosen) > size.num_states:
+        chosen = chance.sample(chosen, size.num_states)
+    return [(acked, model.disk(survivors)) for _, acked, survivors in chosen]
 
 
 def judge(bench: Bench, acked: list[str], disk: Disk) -> list[str]:

@@ -52,7 +52,7 @@ class _Errors:
             numbers = NUMBERS if self._long else chance.sample(NUMBERS, 2)
             for number in numbers:
                 for forever in (False, True) if self._long else (chance.random() < 0.5,):
-                    self._one(bench, count, _failing(at, number, forever=forever), _name(at, number, forever=forever))
+                    self._one(bench, count, failing(at, number, forever=forever), _name(at, number, forever=forever))
             self._one(bench, count, _short(at), f"short write at call {at}")
         return count
 
@@ -75,7 +75,8 @@ def _nothing(call: ptrace.Call, index: int) -> None:
     """Let it go on."""
 
 
-def _failing(at: int, number: int, *, forever: bool) -> ptrace.Decide:
+def failing(at: int, number: int, *, forever: bool) -> ptrace.Decide:
+    """The call of that number fails; from then on all of its name, if for ever."""
     name, left = "", _INTERRUPTIONS if number == errno.EINTR else -1
 
     def decide(call: ptrace.Call, index: int) -> ptrace.Fail | None:

@@ -22,6 +22,7 @@ LAYERS = {
     "L3": "crash_states",
     "L4": "power_loss",
     "L5": "block_replay",
+    "L6": "space",
     "L7": "damage",
     "L9": "random_kills",
 }

@@ -182,7 +182,7 @@ class Model:
         offset = len(self._live.files[inode]) if call.offset is None else call.offset
         self._do(index, Op(inode, offset=offset, data=call.data[: call.result]))
 
-    _pwrite64 = _write
+    _pwrite64 = _writev = _sendfile = _copy_file_range = _write
 
     def _ftruncate(self, index: int, call: Call) -> None:
         inode = self._find(call.path)
@@ -199,6 +199,8 @@ class Model:
 
     def _rename(self, index: int, call: Call) -> None:
         inode = self._find(call.path)
+        if inode is None:
+            raise UnmodelledCallError(f"{call} from outside the directory")
         (source, old), (target, new) = self._parent(call.path), self._parent(call.target)
         arrives = self._do(index, Op(target, new, inode))
         leaves = self._do(index, Op(source, old, needs=arrives))

@@ -26,12 +26,12 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 _NUMBERS = {
-    "open": 2, "close": 3, "write": 1, "pwrite64": 18, "writev": 20, "sendfile": 40, "flock": 73, "fsync": 74,
-    "fdatasync": 75, "truncate": 76, "ftruncate": 77, "rename": 82, "mkdir": 83, "rmdir": 84, "creat": 85, "link": 86,
-    "unlink": 87, "symlink": 88, "chmod": 90, "fchmod": 91, "mknod": 133, "sync": 162, "openat": 257, "mkdirat": 258,
-    "mknodat": 259, "unlinkat": 263, "renameat": 264, "linkat": 265, "symlinkat": 266, "fchmodat": 268,
-    "sync_file_range": 277, "fallocate": 285, "pwritev": 296, "syncfs": 306, "renameat2": 316, "copy_file_range": 326,
-    "pwritev2": 328,
+    "open": 2, "close": 3, "write": 1, "mmap": 9, "pwrite64": 18, "writev": 20, "sendfile": 40, "flock": 73,
+    "fsync": 74, "fdatasync": 75, "truncate": 76, "ftruncate": 77, "rename": 82, "mkdir": 83, "rmdir": 84,
+    "creat": 85, "link": 86, "unlink": 87, "symlink": 88, "chmod": 90, "fchmod": 91, "mknod": 133, "sync": 162,
+    "openat": 257, "mkdirat": 258, "mknodat": 259, "unlinkat": 263, "renameat": 264, "linkat": 265,
+    "symlinkat": 266, "fchmodat": 268, "splice": 275, "sync_file_range": 277, "fallocate": 285, "pwritev": 296,
+    "syncfs": 306, "renameat2": 316, "copy_file_range": 326, "pwritev2": 328, "io_uring_setup": 425, "openat2": 437,
 }  # fmt: skip
 _NAMES = {number: name for name, number in _NUMBERS.items()}
 _OF_FD = frozenset(
@@ -41,7 +41,9 @@ _OF_FD = frozenset(
 _OF_PATH = frozenset({"open", "truncate", "mkdir", "rmdir", "creat", "unlink", "chmod", "mknod"})
 _OF_PATH_AT = frozenset({"openat", "mkdirat", "mknodat", "unlinkat", "fchmodat"})
 _WRITES = frozenset({"write", "pwrite64"})
+_COPIES = frozenset({"sendfile", "copy_file_range"})  # their bytes never pass through the caller's memory
 _CREATING = os.O_CREAT | os.O_TRUNC
+_PROT_WRITE, _MAP_SHARED, _MAP_ANONYMOUS = 0x2, 0x1, 0x20
 # Offsets of registers in struct user (sys/user.h).
 _RAX, _RDX, _ORIG_RAX = 10 * 8, 12 * 8, 15 * 8
 _TRACEME, _POKEUSER, _CONT, _SYSCALL, _SETOPTIONS, _GETEVENTMSG, _GET_SYSCALL_INFO = 0, 6, 7, 24, 0x4200, 0x4201, 0x420E
@@ -226,7 +228,7 @@ class _Tracer:
         self._decide = decide
         self._data = data
         self._count = 0
-        self._pending: dict[int, Call] = {}
+        self._pending: dict[int, tuple[Call, int]] = {}  # by thread: the call it is in, and its first argument
         self._outcome = Outcome()
 
     def run(self) -> Outcome:
@@ -250,7 +252,7 @@ class _Tracer:
         if event == _EVENT_SECCOMP:
             self._at_entry(tid)
         elif number == signal.SIGTRAP | 0x80:
-            self._pending.pop(tid).result = self._info(tid)[1]
+            self._at_exit(tid)
             self._ptrace(_CONT, tid, 0)
         else:
             is_for_tracer = event or number in (signal.SIGSTOP, signal.SIGTRAP)
@@ -285,10 +287,18 @@ class _Tracer:
         if isinstance(decision, Short):
             self._ptrace(_POKEUSER, tid, min(decision.num_bytes, args[2]), _RDX)
         if self._data and not isinstance(decision, Fail):
-            self._pending[tid] = call
+            self._pending[tid] = call, args[2] if call.name == "copy_file_range" else args[0]
             self._ptrace(_SYSCALL, tid, 0)
         else:
             self._ptrace(_CONT, tid, 0)
+
+    def _at_exit(self, tid: int) -> None:
+        call, fd = self._pending.pop(tid)
+        call.result = self._info(tid)[1]
+        if call.name in _COPIES and call.result > 0:
+            with open(f"/proc/{tid}/fd/{fd & 0xFFFFFFFF}", "rb") as file:
+                file.seek(call.offset or 0)
+                call.data = file.read(call.result)
 
     def _call(self, tid: int, name: str, args: list[int]) -> Call | None:
         """The call if it changes something below the directory watched."""
@@ -308,27 +318,51 @@ class _Tracer:
         elif name == "symlinkat":
             call = Call(name, self._path(tid, args[1], args[2]))
         elif name == "copy_file_range":
+            call = self._copy(tid, name, args[2], args[3])
+        elif name == "splice":
             call = Call(name, self._fd_path(tid, args[2]))
-        elif name == "sync":
+        elif name == "openat2":
+            call = Call(name, self._path(tid, args[0], args[1]), flags=_CREATING)
+        elif name == "mmap" and args[2] & _PROT_WRITE and args[3] & _MAP_SHARED and not args[3] & _MAP_ANONYMOUS:
+            call = Call(name, self._fd_path(tid, args[4]))
+        elif name in ("sync", "io_uring_setup"):  # whatever is done through a ring is seen by no tracer
             call = Call(name, self._under)
         if call is None or (call.name in ("open", "openat") and not call.flags & _CREATING):
             return None
-        if call.name == "ack" or (call.path + "/").startswith(self._under + "/"):
+        if call.name == "ack" or self._is_watched(call.path) or (call.target and self._is_watched(call.target)):
             return call
-        return None
+        # The sync that makes the name of the directory itself durable.
+        return call if call.name == "fsync" and call.path == os.path.dirname(self._under) else None
+
+    def _is_watched(self, path: str) -> bool:
+        return (path + "/").startswith(self._under + "/")
 
     def _call_of_fd(self, tid: int, name: str, args: list[int]) -> Call:
         fd = args[0]
         if fd == self._ack and name == "write":
             return Call("ack", "", data=self._memory(tid, args[1], args[2]))
+        if name == "sendfile":
+            return self._copy(tid, name, fd, 0)
         length = args[2] if name in _WRITES else args[1]
         call = Call(name, self._fd_path(tid, fd), length=length)
+        if name == "writev":
+            pieces = struct.iter_unpack("<QQ", self._memory(tid, args[1], 16 * args[2]))
+            call.data = b"".join(self._memory(tid, *piece) for piece in pieces) if self._data else b""
         if name in _WRITES and self._data:
             call.data = self._memory(tid, args[1], args[2])
         if name == "pwrite64":
             call.offset = args[3]
-        if name == "write" and self._data:
+        if name in ("write", "writev") and self._data:
             call.offset = self._offset(tid, fd)
+        return call
+
+    def _copy(self, tid: int, name: str, fd: int, offset: int) -> Call:
+        """A copy into a file within the kernel; where to is told, if at all, by a number at an address."""
+        call = Call(name, self._fd_path(tid, fd))
+        if self._data and self._is_watched(call.path):
+            at = struct.unpack("<Q", self._memory(tid, offset, 8))[0] if offset else self._offset(tid, fd)
+            assert at is not None, "a copy to the end of a file that is open for appending"
+            call.offset = at
         return call
 
     def _offset(self, tid: int, fd: int) -> int | None:

@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 _MIB = 1 << 20
 _NEW_MOUNT_NAMESPACE = 0x20000
 _PRIVATE_AND_BELOW = 1 << 18 | 1 << 14  # mount(2): MS_PRIVATE | MS_REC
+_REMOUNT = 32  # mount(2): MS_REMOUNT
 _SHUTDOWN = 0x8004587D  # FS_IOC_SHUTDOWN, in <linux/fs.h> and ext4.h: _IOR('X', 125, __u32)
 DROP_LOG, FLUSH_LOG = 2, 1  # FSOP_GOING_FLAGS_NOLOGFLUSH, FSOP_GOING_FLAGS_LOGFLUSH (xfs_fs.h)
 _NEXT_FREE, _CONFIGURE, _AUTOCLEAR = 0x4C82, 0x4C0A, 4  # LOOP_CTL_GET_FREE, LOOP_CONFIGURE, LO_FLAGS_AUTOCLEAR
@@ -100,6 +101,21 @@ KINDS = (
     Kind("xfs", 320 * _MIB, ("mkfs.xfs", "-q", "-f"), "nouuid"),
     Kind("btrfs", 128 * _MIB, ("mkfs.btrfs", "-q", "-f"), "commit=300", shuts_down=False),
 )
+
+
+@contextlib.contextmanager
+def tmpfs(place: Path, options: str) -> Iterator[None]:
+    """A file system in memory at a place, until the block ends."""
+    _call("mount", "tmpfs", os.fspath(place), "tmpfs", 0, options)
+    try:
+        yield
+    finally:
+        _call("umount2", os.fspath(place), 0)
+
+
+def remount_tmpfs(place: Path, options: str) -> None:
+    """Change the limits of a file system in memory."""
+    _call("mount", "tmpfs", os.fspath(place), "tmpfs", _REMOUNT, options)
 
 
 def private_mounts() -> None:

@@ -59,6 +59,11 @@ def _parent_not_synced(self: Files, path: Path) -> None:
         _sync_directory(self, path)
 
 
+def _run_directory_not_synced(self: Files, path: Path) -> None:
+    if not (path / "run").is_dir():
+        _sync_directory(self, path)
+
+
 def _sync_before_flush(self: NewFile, *error: Any) -> None:
     """What a buffered writer does whose buffer is flushed by close: the last bytes come after the sync."""
     self._files.sync(self._fd)
@@ -180,6 +185,7 @@ SEEDED: dict[str, tuple[tuple[object, str, Any], ...]] = {
     "journal not synced before the manifest": ((Files, "sync", _journal_not_synced),),
     "new directory not synced": ((Files, "sync_directory", _new_directory_not_synced),),
     "parent directory not synced": ((Files, "sync_directory", _parent_not_synced),),
+    "run directory's own name not synced": ((Files, "sync_directory", _run_directory_not_synced),),
     "sync before flush": ((NewFile, "write", _buffered_write), (NewFile, "__exit__", _sync_before_flush)),
     "acknowledged before the parent is synced": (
         (store, "commit_directory", _acknowledged_before_the_parent_is_synced),

@@ -65,6 +65,20 @@ def test_the_model_catches(fault: str) -> None:
         assert violations_of(bench)
 
 
+def test_the_model_catches_that_nothing_names_a_new_run_directory() -> None:
+    with scratch_directory() as scratch, seeded("run directory's own name not synced"):
+        (bench,) = benches(Lab(long=False, seed=SEED, scratch=scratch, scenarios=("first snapshot",)))
+        assert violations_of(bench)
+
+
 def test_a_call_that_the_model_does_not_know_is_said_and_not_skipped(tmp_path: Path) -> None:
     with pytest.raises(UnmodelledCallError, match="linkat"):
         Model(tmp_path / "none", tmp_path / "run", [ptrace.Call("linkat", str(tmp_path / "run/a"), result=0)])
+
+
+def test_a_disk_that_is_full_is_met_by_the_look_and_in_a_write() -> None:
+    count = run("L6")
+    if count.skipped is not None:
+        pytest.skip(count.skipped)
+    endings = {kind.partition(": ")[2] for kind in count.detail}
+    assert endings == {"refused by the look", "failed in a write", "fitted"}

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import errno
 import os
 from typing import TYPE_CHECKING
 
@@ -64,4 +65,49 @@ def test_a_refused_file_leaves_no_descriptor_open(tmp_path: Path) -> None:
     before = len(os.listdir("/proc/self/fd"))
     with pytest.raises(ValueError, match="not a regular file"):
         open_regular(tmp_path / "fifo")
+    assert len(os.listdir("/proc/self/fd")) == before
+
+
+@pytest.mark.parametrize("what", ["fifo", "directory"])
+def test_a_file_exchanged_between_the_look_and_the_opening_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, what: str
+) -> None:
+    path = tmp_path / "f"
+    path.write_bytes(b"x")
+    look = os.lstat
+
+    def exchanged(name: Path) -> os.stat_result:
+        found = look(name)
+        path.unlink()
+        os.mkfifo(path) if what == "fifo" else path.mkdir()
+        return found
+
+    before = len(os.listdir("/proc/self/fd"))
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "lstat", exchanged)
+        with pytest.raises(ValueError, match="is not a regular file"):
+            open_regular(path)
+    assert len(os.listdir("/proc/self/fd")) == before
+
+
+def test_reading_leaves_no_descriptor_open_whatever_ends_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "f").write_bytes(b"x")
+    before = len(os.listdir("/proc/self/fd"))
+    digest_file(tmp_path / "f")
+
+    def interrupted() -> None:
+        with digest_module.reading(tmp_path / "f") as file:
+            assert file.read() == b"x"
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
+
+    def broken(fd: int, num_bytes: int) -> bytes:
+        raise OSError(errno.EIO, "Input/output error")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "read", broken)
+        with pytest.raises(OSError, match="Input/output error"):
+            digest_file(tmp_path / "f")
     assert len(os.listdir("/proc/self/fd")) == before

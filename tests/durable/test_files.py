@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import errno
 import os
 import signal
@@ -321,3 +322,152 @@ def test_no_descriptor_is_left_open_whatever_call_fails(tmp_path: Path) -> None:
         with contextlib.suppress(OSError):
             publish(ClosesWell(at, OSError(errno.EIO, "Input/output error")), root)
     assert len(os.listdir("/proc/self/fd")) == before
+
+
+class Mac:
+    """What macOS adds: its name, and a call that makes the drive itself write; each answer is handed in."""
+
+    F_FULLFSYNC = 51
+    platform = "darwin"
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, error: OSError | None) -> None:
+        self.error = error
+        self.calls: list[str] = []
+        monkeypatch.setattr(files_module, "sys", self)
+        monkeypatch.setitem(sys.modules, "fcntl", self)
+        monkeypatch.setattr(os, "fsync", lambda fd: self.calls.append("fsync"))
+
+    def fcntl(self, fd: int, command: int) -> None:
+        assert command == self.F_FULLFSYNC
+        self.calls.append("full")
+        if self.error is not None:
+            raise self.error
+
+
+def test_on_macos_a_sync_goes_through_the_drive_s_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    mac = Mac(monkeypatch, None)
+    write_new_file(Files(), tmp_path / "f", b"x")
+    assert mac.calls == ["full"]
+
+
+@pytest.mark.parametrize("number", [errno.ENOTSUP, errno.ENOTTY])
+def test_on_macos_a_file_system_without_the_full_sync_gets_the_plain_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    mac = Mac(monkeypatch, OSError(number, os.strerror(number)))
+    write_new_file(Files(), tmp_path / "f", b"x")
+    assert mac.calls == ["full", "fsync"]
+
+
+def test_on_macos_a_full_sync_that_fails_is_not_made_good_by_a_plain_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mac = Mac(monkeypatch, OSError(errno.EIO, "Input/output error"))
+    with pytest.raises(OSError, match="Input/output error"):
+        write_new_file(Files(), tmp_path / "f", b"x")
+    assert mac.calls == ["full"]
+
+
+@pytest.mark.parametrize("number", [errno.EINVAL, errno.ENOSYS, errno.ENOTSUP])
+def test_where_the_kernel_knows_no_exclusive_rename_the_name_is_looked_at_first(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    def refused(*_: Any) -> int:
+        ctypes.set_errno(number)
+        return -1
+
+    monkeypatch.setattr(files_module, "_RENAMEAT2", refused)
+    publish(Files(), tmp_path)
+    assert whole(tmp_path / "new")
+    with pytest.raises(FileExistsError):
+        publish(Files(), tmp_path)
+
+
+class NoLinux:
+    platform = "darwin"
+
+
+class OldLibrary:
+    """A C library that has none of the newer calls."""
+
+
+def no_library(*_: Any, **__: Any) -> None:
+    raise OSError("a static build has no library to ask")
+
+
+def test_the_exclusive_rename_is_there_on_linux_and_not_claimed_elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:
+    if sys.platform == "linux":
+        assert files_module._find_renameat2() is not None
+    monkeypatch.setattr(ctypes, "CDLL", lambda *_, **__: OldLibrary())
+    assert files_module._find_renameat2() is None
+    monkeypatch.setattr(ctypes, "CDLL", no_library)
+    assert files_module._find_renameat2() is None
+    monkeypatch.undo()
+    monkeypatch.setattr(files_module, "sys", NoLinux)
+    assert files_module._find_renameat2() is None
+
+
+def test_an_error_of_the_exclusive_rename_is_an_error_and_names_both_ends(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError) as raised:
+        Files().rename(tmp_path / "nothing", tmp_path / "new")
+    assert (raised.value.filename, raised.value.filename2) == (str(tmp_path / "nothing"), str(tmp_path / "new"))
+
+
+def test_a_move_syncs_each_directory_that_it_changes_the_new_name_s_first(tmp_path: Path) -> None:
+    synced: list[str] = []
+
+    class Noting(Files):
+        def sync_directory(self, path: Path) -> None:
+            synced.append(path.name)
+            super().sync_directory(path)
+
+    (tmp_path / "old").mkdir()
+    (tmp_path / "aside").mkdir()
+    move_directory(Noting(), tmp_path / "old", tmp_path / "new")
+    assert synced == [tmp_path.name]
+    move_directory(Noting(), tmp_path / "new", tmp_path / "aside" / "new")
+    assert synced == [tmp_path.name, "aside", tmp_path.name]
+
+
+def test_every_sync_reaches_the_kernel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    if sys.platform == "darwin":
+        pytest.skip("there it is another call")
+    synced: list[str] = []
+    sync = os.fsync
+
+    def noted(fd: int) -> None:
+        synced.append(Path(os.readlink(f"/proc/self/fd/{fd}")).name)
+        sync(fd)
+
+    monkeypatch.setattr(os, "fsync", noted)
+    publish(Files(), tmp_path)
+    assert synced == ["a", "b", ".tmp-new", tmp_path.name]
+
+
+def test_the_name_of_what_is_removed_is_durably_gone_before_its_first_file(tmp_path: Path) -> None:
+    calls: list[str] = []
+
+    class Noting(Files):
+        def rename(self, source: Path, target: Path) -> None:
+            calls.append(f"rename {source.name}")
+            super().rename(source, target)
+
+        def sync_directory(self, path: Path) -> None:
+            calls.append(f"sync {path.name}")
+            super().sync_directory(path)
+
+        def remove_file(self, path: Path) -> None:
+            calls.append(f"remove {path.name}")
+            super().remove_file(path)
+
+    publish(Files(), tmp_path)
+    remove_tree(Noting(), tmp_path / "new")
+    assert calls == ["rename new", f"sync {tmp_path.name}", "remove a", "remove b"]
+
+
+def test_a_cut_file_is_cut(tmp_path: Path) -> None:
+    (tmp_path / "f").write_bytes(b"0123456789")
+    fd = os.open(tmp_path / "f", os.O_RDWR)
+    Files().truncate(fd, 4)
+    Files().close(fd)
+    assert (tmp_path / "f").read_bytes() == b"0123"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -98,6 +99,9 @@ def test_room_counts_bytes_and_files(tmp_path: Path) -> None:
     assert room.holds(num_bytes=1000, files=1)
     assert not room.holds(num_bytes=1 << 62, files=1)
     assert not filesystem.Room(num_bytes=10_000_000, files=2).holds(num_bytes=1, files=3)
+    exactly = filesystem.Room(filesystem.bytes_on_disk(1000, files=2), 2)
+    assert exactly.holds(num_bytes=1000, files=2)
+    assert not exactly.holds(num_bytes=1001, files=2)
     assert filesystem.Room(num_bytes=None, files=None).holds(num_bytes=1 << 62, files=1 << 40)
 
 
@@ -122,3 +126,22 @@ def test_plain_files_and_directories_are_accepted(tmp_path: Path) -> None:
     (tmp_path / "metrics.jsonl").write_text("")
     (tmp_path / "snapshots").mkdir()
     filesystem.refuse_links(tmp_path, ("metrics.jsonl", "snapshots", "not-there"))
+
+
+@pytest.mark.parametrize(("user", "expected"), [(0, (50, 7)), (1000, (30, 6))])
+def test_what_is_kept_back_for_root_is_room_for_root_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, user: int, expected: tuple[int, int]
+) -> None:
+    counts = {"f_frsize": 10, "f_blocks": 9, "f_bfree": 5, "f_bavail": 3, "f_files": 9, "f_ffree": 7, "f_favail": 6}
+    monkeypatch.setattr(os, "statvfs", lambda path: SimpleNamespace(**counts))
+    monkeypatch.setattr(os, "geteuid", lambda: user)
+    assert filesystem.room(tmp_path) == filesystem.Room(*expected)
+    counts.update(f_blocks=0, f_files=0)
+    assert filesystem.room(tmp_path) == filesystem.Room(None, None), "what is not counted is not full"
+
+
+def test_only_on_a_network_do_local_locks_endanger_a_run() -> None:
+    shared = filesystem.FileSystem("nfs4", Path("/a"), frozenset({"rw"}))
+    local = filesystem.FileSystem("nfs4", Path("/a"), frozenset({"rw", "nolock"}))
+    disk = filesystem.FileSystem("ext4", Path("/a"), frozenset({"rw", "nolock"}))
+    assert [place.locks_are_local for place in (shared, local, disk)] == [False, True, False]

@@ -449,3 +449,117 @@ def test_a_journal_is_not_written_through_a_link(tmp_path: Path) -> None:
     with pytest.raises(OSError, match=os.strerror(errno.ELOOP)):
         Journal.open(tmp_path / "j")
     assert (tmp_path / "precious").read_bytes() == b"no newline"
+
+
+def test_a_journal_that_cannot_be_opened_leaves_no_descriptor_open(tmp_path: Path) -> None:
+    class Failing(Files):
+        def sync_directory(self, path: Path) -> None:
+            raise OSError(errno.EIO, "Input/output error")
+
+    before = len(os.listdir("/proc/self/fd"))
+    with pytest.raises(OSError, match="Input/output error"):
+        Journal.open(tmp_path / "j", files=Failing())
+    assert len(os.listdir("/proc/self/fd")) == before
+
+
+def test_a_second_close_does_nothing(tmp_path: Path) -> None:
+    """The descriptor's number may be another file's by then."""
+    closed: list[int] = []
+
+    class Noting(Files):
+        def close(self, fd: int) -> None:
+            closed.append(fd)
+            super().close(fd)
+
+    journal = Journal.open(tmp_path / "j", files=Noting())
+    journal.append({"a": 1})
+    journal.close()
+    journal.close()
+    assert len(closed) == 1
+    assert list(read_rows(tmp_path / "j")) == [{"a": 1}]
+
+
+def test_after_a_sync_that_was_interrupted_the_rows_go_to_a_new_file_too(tmp_path: Path) -> None:
+    """A second Ctrl-C within the call: whether it would have failed is not known."""
+    path = tmp_path / "j"
+    files = FaultyOnce("sync", Dies())
+    journal = Journal.open(path, files=files)
+    journal.append({"a": 1})
+    before = path.stat().st_ino
+    files.armed = True
+    with pytest.raises(Dies):
+        journal.sync()
+    journal.sync()
+    assert path.stat().st_ino != before
+    journal.close()
+    assert list(read_rows(path)) == [{"a": 1}]
+
+
+def test_a_journal_cut_behind_our_back_is_not_rewound_to_what_it_has_lost(tmp_path: Path) -> None:
+    path = tmp_path / "j"
+    journal = Journal.open(path)
+    journal.append({"a": 1})
+    mark = journal.mark()
+    os.truncate(path, 3)
+    assert not journal.rewind(mark)
+    assert path.stat().st_size == 3
+    journal.close()
+
+
+def test_a_newline_at_the_edge_of_a_chunk_ends_a_row_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(journal_module, "_CHUNK_BYTES", 4)
+    path, start = tmp_path / "j", b'{"a":1}\n{"a":22}\n'
+    for num_bytes in range(12):
+        path.write_bytes(start + bytes(num_bytes))
+        Journal.open(path).close()
+        assert path.read_bytes() == start
+
+
+def test_a_rewind_that_has_nothing_to_cut_changes_and_syncs_nothing(tmp_path: Path) -> None:
+    calls: list[str] = []
+
+    class Noting(Files):
+        def truncate(self, fd: int, length: int) -> None:
+            calls.append("truncate")
+
+        def sync(self, fd: int) -> None:
+            calls.append("sync")
+
+    journal = Journal.open(tmp_path / "j", files=Noting())
+    journal.append({"a": 1})
+    assert journal.rewind(journal.mark())
+    assert calls == []
+    journal.close()
+
+
+def test_a_file_whose_sync_failed_is_neither_written_to_again_nor_kept_open(tmp_path: Path) -> None:
+    class Noting(FaultyOnce):
+        def __init__(self) -> None:
+            super().__init__("sync", OSError(errno.EIO, "Input/output error"))
+            self.written: list[int] = []
+            write = self.write
+
+            def noted(fd: int, data: Any) -> int:
+                self.written.append(os.fstat(fd).st_ino)
+                return write(fd, data)
+
+            self.write = noted  # type: ignore[method-assign]
+
+    files = Noting()
+    journal = Journal.open(tmp_path / "j", files=files)
+    journal.append({"a": 1})
+    journal.flush()
+    lost = (tmp_path / "j").stat().st_ino
+    before = len(os.listdir("/proc/self/fd"))
+    files.armed = True
+    with pytest.raises(SnapshotWriteError):
+        journal.sync()
+    files.written.clear()
+    journal.append({"a": 2})
+    journal.flush()
+    journal.sync()
+    assert files.written
+    assert lost not in files.written
+    assert len(os.listdir("/proc/self/fd")) == before
+    journal.close()
+    assert [row["a"] for row in read_rows(tmp_path / "j")] == [1, 2]

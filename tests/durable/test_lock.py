@@ -9,11 +9,12 @@ import socket
 import subprocess
 import sys
 import threading
-from dataclasses import replace
+from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from resumable_trainer.durable import lock as lock_module
 from resumable_trainer.durable.files import Files
 from resumable_trainer.durable.lock import RunLock, is_alive, read_owner
 from resumable_trainer.errors import RunHeldError, SettingsError, SnapshotWriteError
@@ -87,8 +88,11 @@ def test_a_killed_holder_frees_the_run_at_once_though_its_child_lives(tmp_path: 
         end(process) if how == "fork" else process.stdout.close()  # type: ignore[union-attr]
 
 
+LOOK = "import glob; assert os.path.realpath(sys.argv[1]) not in map(os.path.realpath, glob.glob('/proc/self/fd/*'))"
+
+
 @pytest.mark.parametrize(
-    "act", ["pass", "os._exit(0)", "lock.release()", "lock.note_step(9)", "del lock; import gc; gc.collect()"]
+    "act", ["pass", "os._exit(0)", "lock.release()", "lock.note_step(9)", "del lock; import gc; gc.collect()", LOOK]
 )
 def test_a_forked_child_frees_nothing_and_says_nothing_whatever_it_does(tmp_path: Path, act: str) -> None:
     process = holder(tmp_path / "run.lock", f"child:{act}")
@@ -276,7 +280,7 @@ def test_a_mix_of_two_records_is_never_believed(tmp_path: Path, monkeypatch: pyt
     lock.note_step(1000)
     new = (tmp_path / "run.lock").read_bytes()
     lock.release()
-    cut = old.index(b"9,") + 1
+    cut = old.index(b'"step": 9,') + len(b'"step": 9')
     mixes = [new[:cut] + old[cut:], new[: cut + 1] + old[cut + 1 :]]  # step 1, and no JSON at all
     reads = [old, *mixes, new, new]
     monkeypatch.setattr(os, "pread", lambda *_: reads.pop(0))
@@ -435,3 +439,147 @@ def test_noting_a_step_costs_no_sync(tmp_path: Path) -> None:
     lock.note_step(3)
     lock.release()
     assert files.num_syncs == 1
+
+
+class Interrupts(Files):
+    def sync(self, fd: int) -> None:
+        raise KeyboardInterrupt
+
+
+def test_an_acquire_that_is_interrupted_holds_nothing(tmp_path: Path) -> None:
+    before = len(os.listdir("/proc/self/fd"))
+    lock = RunLock(tmp_path / "run.lock", files=Interrupts())
+    with pytest.raises(KeyboardInterrupt):
+        lock.acquire()
+    assert not lock.is_held
+    assert len(os.listdir("/proc/self/fd")) == before
+    other = RunLock(tmp_path / "run.lock")
+    other.acquire()
+    other.release()
+
+
+@pytest.mark.parametrize("damage", [b"", b"torn", b"[]"])
+def test_nothing_is_published_under_a_record_that_was_damaged(tmp_path: Path, damage: bytes) -> None:
+    lock = RunLock(tmp_path / "run.lock")
+    lock.acquire()
+    (tmp_path / "run.lock").write_bytes(damage)
+    with pytest.raises(RunHeldError, match="the record in its lock file was damaged"):
+        lock.check()
+    lock.release()
+
+
+def test_an_error_of_flock_that_says_nothing_of_holders_is_passed_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def failing(*_: Any) -> None:
+        raise OSError(errno.EIO, "Input/output error")
+
+    before = len(os.listdir("/proc/self/fd"))
+    with monkeypatch.context() as patch:
+        patch.setattr(fcntl, "flock", failing)
+        with pytest.raises(OSError, match="Input/output error") as raised:
+            RunLock(tmp_path / "run.lock").acquire()
+    assert not isinstance(raised.value, RunHeldError)
+    assert len(os.listdir("/proc/self/fd")) == before
+
+
+def test_a_record_that_the_disk_takes_half_of_is_no_launch_and_costs_a_running_one_nothing_but_its_note(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write = os.pwrite
+    lock = RunLock(tmp_path / "run.lock")
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "pwrite", lambda fd, data, at: write(fd, data[:100], at))
+        with pytest.raises(SnapshotWriteError, match="No space left on device"):
+            lock.acquire()
+        assert not lock.is_held
+    lock.acquire()
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "pwrite", lambda fd, data, at: write(fd, b"", at))
+        lock.note_step(7)
+    assert lock.owner.step is None
+    lock.check()
+    lock.note_step(8)
+    assert lock.owner.step == 8
+    lock.release()
+
+
+HELD_AGAIN = """
+import os, sys
+from pathlib import Path
+from resumable_trainer.durable.lock import RunLock
+from resumable_trainer.errors import RunHeldError
+path = Path(sys.argv[1])
+block = RunLock(path).held_again()
+block.__enter__()
+pid = os.fork()
+if pid == 0:
+    null = os.open(os.devnull, os.O_RDONLY)  # takes a number that a lock's descriptor had
+    block.__exit__(None, None, None)
+    os.fstat(null)
+    os._exit(0)
+assert os.waitpid(pid, 0)[1] == 0, "the child failed"
+try:
+    RunLock(path).acquire()
+except RunHeldError:
+    print("still held")
+block.__exit__(None, None, None)
+print(RunLock(path).acquire().generation)
+"""
+
+
+def test_a_child_that_leaves_the_block_of_its_parent_lets_nothing_go(tmp_path: Path) -> None:
+    command = [sys.executable, "-c", HELD_AGAIN, str(tmp_path / "run.lock")]
+    done = subprocess.run(command, check=True, capture_output=True, text=True)
+    assert done.stdout.split("\n")[:2] == ["still held", "1"]
+
+
+def test_who_looks_at_a_record_that_never_rests_is_not_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "run.lock"
+    lock = RunLock(path)
+    fields = asdict(lock.acquire())
+    lock.release()
+    steps = iter(range(10**6))
+    monkeypatch.setattr(os, "pread", lambda *_: json.dumps({**fields, "step": next(steps)}).encode())
+    found = read_owner(path)
+    assert found is not None
+    assert found.step == next(steps) - 1, "the newest that it has seen"
+
+
+def test_without_proc_an_owner_lives_while_its_pid_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """macOS has neither the boot's id nor the start time of a process to read."""
+    lock = RunLock(tmp_path / "run.lock")
+    monkeypatch.setattr(lock_module, "Path", lambda _: tmp_path / "no-proc")
+    owner = lock.acquire()
+    assert (owner.boot_id, owner.process_start) == ("", "")
+    assert is_alive(owner) is True
+    process = subprocess.Popen([sys.executable, "-c", ""])
+    assert process.wait() == 0
+    assert is_alive(replace(owner, pid=process.pid)) is False
+
+    def not_ours(pid: int, number: int) -> None:
+        raise PermissionError(errno.EPERM, "Operation not permitted")
+
+    monkeypatch.setattr(os, "kill", not_ours)
+    assert is_alive(replace(owner, pid=1)) is True, "another user's process is one that lives"
+    lock.release()
+
+
+def test_a_run_that_was_held_again_is_let_go_at_the_end_of_the_block_whatever_ends_it(tmp_path: Path) -> None:
+    before = len(os.listdir("/proc/self/fd"))
+    lock = RunLock(tmp_path / "run.lock")
+
+    def interrupted() -> None:
+        with lock.held_again():
+            with pytest.raises(RunHeldError):
+                RunLock(tmp_path / "run.lock").acquire()
+            raise KeyboardInterrupt
+
+    for _ in range(2):
+        with pytest.raises(KeyboardInterrupt):
+            interrupted()
+        assert len(os.listdir("/proc/self/fd")) == before
+    other = RunLock(tmp_path / "run.lock")
+    assert other.acquire().generation == 1
+    other.release()
+    assert len(os.listdir("/proc/self/fd")) == before

@@ -12,6 +12,7 @@ import pytest
 import resumable_trainer
 
 PACKAGE = Path(resumable_trainer.__file__).parent
+TORCH_FILE = PACKAGE / "snapshot" / "torch_file.py"
 FLOORS = {
     "errors": 0,
     "durable": 1,
@@ -40,6 +41,8 @@ TORCH_FREE = [
     "snapshot.verify",
     "snapshot.store",
     "snapshot.retention",
+    "snapshot.pruning",
+    "snapshot.exporting",
     "snapshot.raw",
     "snapshot.values",
     "metrics.averages",
@@ -113,14 +116,29 @@ def test_public_names_are_sorted_complete_and_few() -> None:
 
 
 def test_nothing_in_the_package_speaks_of_pickle() -> None:
-    """Loading a snapshot runs no code of whoever wrote it: the module is not even imported by name."""
+    """Loading a snapshot runs no code of whoever wrote it: the module is not even imported by name.
+
+    One module speaks torch's own format, for `export` and `import` alone, and reads with `weights_only` set.
+    """
     for path in modules():
         for node in ast.walk(ast.parse(path.read_text())):
             names = [alias.name for alias in node.names] if isinstance(node, ast.Import | ast.ImportFrom) else []
             module = node.module if isinstance(node, ast.ImportFrom) else None
             assert "pickle" not in [*names, module], path
             if isinstance(node, ast.Attribute):
-                assert not (node.attr in ("load", "save") and ast.unparse(node.value) == "torch"), path
+                is_torchs = node.attr in ("load", "save") and ast.unparse(node.value) == "torch"
+                assert not is_torchs or path == TORCH_FILE, path
+
+
+def test_what_torch_saved_is_read_with_weights_only_and_for_two_commands_alone() -> None:
+    calls = [node for node in ast.walk(ast.parse(TORCH_FILE.read_text())) if isinstance(node, ast.Call)]
+    loads = [call for call in calls if ast.unparse(call.func) == "torch.load"]
+    assert loads
+    for call in loads:
+        settings = {keyword.arg: ast.unparse(keyword.value) for keyword in call.keywords}
+        assert settings.get("weights_only") == "True", ast.unparse(call)
+    users = {path.stem for path in modules() if "torch_file" in path.read_text() and path != TORCH_FILE}
+    assert users <= {"exporting", "importing"}
 
 
 def test_only_durable_changes_names_and_syncs() -> None:

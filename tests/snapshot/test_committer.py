@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import errno
+import json
+import math
 import os
 import shutil
 from typing import TYPE_CHECKING, Any
@@ -13,7 +15,10 @@ import torch
 from resumable_trainer import RunHeldError, SnapshotWriteError, StateManager
 from resumable_trainer.durable import filesystem
 from resumable_trainer.durable.files import Files
+from resumable_trainer.manager import Facts
 from resumable_trainer.snapshot import committer
+from resumable_trainer.snapshot.layout import Position
+from resumable_trainer.snapshot.manifest import Best
 from resumable_trainer.snapshot.retention import to_delete
 from resumable_trainer.snapshot.store import Store
 
@@ -74,6 +79,9 @@ def test_an_error_that_passes_costs_another_attempt_with_new_files_and_nothing_e
         torch.nn.init.zeros_(model.weight)
         assert manager.restore().snapshot == "step-000000002"
         assert torch.equal(model.weight, expected)
+    first = events(tmp_path / "run", "attempt_failed")[0]
+    assert (first["snapshot"], first["attempt"]) == ("step-000000002", 1)
+    assert os.strerror(errno.EIO) in first["reason"]
 
 
 @pytest.mark.parametrize("call", CALLS)
@@ -252,3 +260,165 @@ def test_as_many_stay_after_a_new_start_as_before_it(tmp_path: Path) -> None:
             manager.restore()
             save(manager, step)
         assert names(tmp_path / "run") == [f"step-{n:09d}" for n in range(max(1, step - 2), step + 1)]
+
+
+def test_too_few_file_entries_are_a_full_disk_too_and_are_said_as_what_they_are(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(committer, "room", lambda path: filesystem.Room(10**12, 2))
+    manager, _ = make(tmp_path / "run")
+    with manager, pytest.raises(SnapshotWriteError, match=r"it needs \d+ file entries, 2 are free on .*\("):
+        save(manager, 1)
+    assert not (tmp_path / "run/snapshots").exists()
+
+
+def test_no_more_is_deleted_early_than_the_new_one_needs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    manager, _ = make(tmp_path / "run", retain=keep(9))
+    with manager:
+        for step in range(1, 6):
+            save(manager, step)
+    Disk(monkeypatch, tmp_path / "run", snapshots=5)
+    manager, _ = make(tmp_path / "run", retain=lambda kept: [snapshot.name for snapshot in kept[:3]])
+    with manager:
+        manager.restore()
+        notes: list[str] = []
+        monkeypatch.setattr(manager, "note", lambda event, **fields: notes.append(f"{event} {fields.get('snapshot')}"))
+        save(manager, 6)
+        assert notes == ["deleted_early step-000000001", "committed step-000000006"]
+
+
+def test_who_has_lost_the_run_deletes_nothing_of_it_to_make_room(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    manager, _ = make(tmp_path / "run", retain=keep(1))
+    with manager:
+        save(manager, 1)
+        save(manager, 2)
+        Disk(monkeypatch, tmp_path / "run", snapshots=1)
+        (tmp_path / "run/snapshots/.tmp-of-who-has-it-now").mkdir()
+        (tmp_path / "run/run.lock").unlink()
+        with pytest.raises(RunHeldError):
+            save(manager, 3)
+    assert names(tmp_path / "run") == [".tmp-of-who-has-it-now", "step-000000002"]
+
+
+def events(directory: Path, kind: str) -> list[dict[str, Any]]:
+    rows = [json.loads(line) for line in (directory / "events.jsonl").read_text().splitlines()]
+    return [row for row in rows if row["event"] == kind]
+
+
+class Undeletable(Files):
+    """Gives nothing the name of what is to be removed."""
+
+    def rename(self, source: Path, target: Path) -> None:
+        if target.name.startswith(".trash-"):
+            raise OSError(errno.EIO, "Input/output error")
+        super().rename(source, target)
+
+
+def test_an_old_snapshot_that_cannot_be_deleted_is_noted_and_stops_nothing(tmp_path: Path) -> None:
+    manager, _ = make(tmp_path / "run", Undeletable(), retain=keep(1))
+    with manager:
+        for step in (1, 2, 3):
+            save(manager, step)
+        assert manager.latest == "step-000000003"
+    assert names(tmp_path / "run") == ["step-000000001", "step-000000002", "step-000000003"]
+    found = events(tmp_path / "run", "not_deleted")
+    assert [event["snapshot"] for event in found] == ["step-000000001", "step-000000002"], "each is tried once"
+    assert "Input/output error" in found[0]["reason"]
+
+
+def test_retention_that_cannot_look_deletes_nothing_and_the_snapshot_stands(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for step in (1, 2):
+        manager, _ = make(tmp_path / "run", retain=keep(9))
+        with manager:
+            manager.restore()
+            save(manager, step)
+
+    def unreadable() -> list[str]:
+        raise OSError(errno.EIO, "Input/output error")
+
+    manager, _ = make(tmp_path / "run", retain=keep(1))
+    with manager:
+        manager.restore()
+        with monkeypatch.context() as patch:
+            patch.setattr(manager.store, "names", unreadable)
+            save(manager, 3)
+        assert manager.latest == "step-000000003"
+        assert manager.store.names() == ["step-000000001", "step-000000002", "step-000000003"]
+        save(manager, 4)
+        assert manager.store.names() == ["step-000000004"], "the next one makes up for it"
+    assert "Input/output error" in events(tmp_path / "run", "not_deleted")[0]["reason"]
+
+
+def test_retention_neither_counts_nor_deletes_what_it_cannot_read(tmp_path: Path) -> None:
+    manager, _ = make(tmp_path / "run", retain=keep(9))
+    with manager:
+        for step in (1, 2, 3):
+            save(manager, step)
+    (tmp_path / "run/snapshots/step-000000002/manifest.json").write_bytes(b"{}")
+    manager, _ = make(tmp_path / "run", retain=keep(2))
+    with manager:
+        manager.restore()
+        save(manager, 4)
+    assert names(tmp_path / "run") == ["step-000000002", "step-000000003", "step-000000004"]
+
+
+def test_a_word_that_is_no_number_does_not_stop_retention(tmp_path: Path) -> None:
+    """A manifest may say more than this version knows what to do with."""
+    manager, _ = make(tmp_path / "run")
+    with manager:
+        save(manager, 1)
+        manifest = manager.store.verify("step-000000001")
+    said = manifest.model_copy(
+        update={
+            "metrics": {"a": "high", "b": "-Infinity", "c": 1},
+            "best": Best(metric="a", value=1.0, epoch=0, step=1),
+            "epoch_complete": True,
+        }
+    )
+    assert said.metric_values == {"b": -math.inf, "c": 1}
+    assert committer.kept_of(said).value is None
+
+
+def test_rows_are_durable_before_the_manifest_that_counts_them_is_written(tmp_path: Path) -> None:
+    done: list[str] = []
+
+    class Noting(Files):
+        def create(self, path: Path) -> int:
+            done.append(path.name)
+            return super().create(path)
+
+    manager, _ = make(tmp_path / "run", Noting())
+    with manager:
+        staged = manager.stage(manager.capture())
+        done.clear()
+        manager.write(staged, Facts(Position(0, 1, 1)), background=False, before_commit=lambda: done.append("rows"))
+        assert done[-2:] == ["rows", "manifest.json"]
+        done.clear()
+
+        def failing() -> None:
+            done.append("rows")
+            raise OSError(errno.EIO, "Input/output error")
+
+        with pytest.raises(SnapshotWriteError, match="Input/output error"):
+            manager.write(staged, Facts(Position(0, 2, 2)), background=False, before_commit=failing)
+        assert done.count("rows") == 3
+        assert "manifest.json" not in done
+    assert names(tmp_path / "run") == ["step-000000001"]
+
+
+def test_short_of_room_what_a_killed_attempt_has_left_goes_before_any_snapshot(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    manager, _ = make(tmp_path / "run", retain=keep(9))
+    with manager:
+        save(manager, 1)
+        save(manager, 2)
+        left = tmp_path / "run/snapshots/.tmp-step-000000009-ab"
+        left.mkdir()
+        monkeypatch.setattr(committer, "room", lambda path: filesystem.Room(0 if left.exists() else 10**9, 10**6))
+        save(manager, 3)
+    assert names(tmp_path / "run") == ["step-000000001", "step-000000002", "step-000000003"]

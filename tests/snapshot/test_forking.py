@@ -9,10 +9,19 @@ import endings
 import pytest
 from small import Small
 
-from resumable_trainer import DamagedSnapshotError, EarlyStopping, SnapshotPolicy, UsageError
+from resumable_trainer import (
+    DamagedSnapshotError,
+    EarlyStopping,
+    SnapshotPolicy,
+    SnapshotWriteError,
+    StateManager,
+    UsageError,
+)
+from resumable_trainer.durable import filesystem
 from resumable_trainer.durable.files import Files
 from resumable_trainer.durable.lock import RunLock
 from resumable_trainer.report.summary import is_run, most_recent, origin, runs_below
+from resumable_trainer.snapshot import new_run
 from resumable_trainer.snapshot.forking import fork
 from resumable_trainer.snapshot.selected import select
 from resumable_trainer.snapshot.store import Store
@@ -174,3 +183,44 @@ def test_a_snapshot_that_changes_while_it_is_copied_is_noticed(tmp_path: Path) -
     with pytest.raises(DamagedSnapshotError, match="has changed while it was copied"):
         fork(source, tmp_path / "b")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a"]
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"[]", b"[" * 100_000, None])
+def test_a_source_that_has_lost_its_identity_is_forked_all_the_same(tmp_path: Path, content: bytes | None) -> None:
+    Small().train(tmp_path / "a", epochs=1)
+    (tmp_path / "a/run.json").unlink()
+    if content is not None:
+        (tmp_path / "a/run.json").write_bytes(content)
+    source = select(tmp_path / "a", "latest")
+    fork(source, tmp_path / "b")
+    new = json.loads((tmp_path / "b/run.json").read_bytes())
+    assert (new["seed"], new["forked_from"]["run_id"]) == (None, source.manifest.run_id)
+    assert Small().train(tmp_path / "b").outcome == "finished"
+
+
+def test_a_snapshot_that_counts_no_rows_takes_none_along(tmp_path: Path) -> None:
+    small = Small()
+    with StateManager(tmp_path / "a", state=small.state) as manager:
+        manager.snapshot(epoch=0, batch=3, step=3, background=False)
+    (tmp_path / "a/metrics.jsonl").write_bytes(b'{"row":"step","step":0}\n')
+    manifest = fork(select(tmp_path / "a", "3"), tmp_path / "b")
+    assert manifest.journal is None
+    assert (tmp_path / "b/metrics.jsonl").read_bytes() == b""
+
+
+@pytest.mark.parametrize(
+    ("room", "missing"),
+    [
+        (filesystem.Room(1000, 10**6), r"it needs [\d,]+ bytes, 1,000 are free on"),
+        (filesystem.Room(10**12, 3), "it needs 8 file entries, 3 are free on"),
+        (filesystem.Room(None, 3), "it needs 8 file entries, 3 are free on"),
+    ],
+)
+def test_without_room_a_fork_is_not_begun(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, room: filesystem.Room, missing: str
+) -> None:
+    Small().train(tmp_path / "a", epochs=1)
+    monkeypatch.setattr(new_run, "room", lambda path: room)
+    with pytest.raises(SnapshotWriteError, match=f"was NOT made: {missing}"):
+        fork(select(tmp_path / "a", "latest"), tmp_path / "b")
+    assert [path.name for path in tmp_path.iterdir()] == ["a"]
