@@ -9,9 +9,9 @@ from __future__ import annotations
 import json
 import math
 import re
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from resumable_trainer.durable.digest import digest_bytes
 from resumable_trainer.errors import DamagedSnapshotError, SettingsError
@@ -43,11 +43,16 @@ class JournalMark(_Record):
     rows: int = Field(ge=0)
 
 
+def _float_of(value: object) -> object:
+    """Infinities stand in JSON as words."""
+    return _SPECIAL_FLOATS.get(value, value) if isinstance(value, str) else value
+
+
 class Best(_Record):
     """The best value so far of the early-stopping metric, and the epoch (from 0) and step of its row."""
 
     metric: str
-    value: float
+    value: Annotated[float, BeforeValidator(_float_of)]
     epoch: int
     step: int
 
