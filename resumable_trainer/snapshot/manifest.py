@@ -21,6 +21,7 @@ FORMAT = 1
 MAX_BYTES = 16 << 20
 _TAIL = re.compile(rb',\n  "digest": "([0-9a-f]{32})"\n}\n')
 _TAIL_BYTES = len(b',\n  "digest": ""\n}\n') + 32
+_MAX_POSITION, _MAX_GENERATION, _MAX_LENGTH = 10**18 - 1, 2**62, 2**62
 _SPECIAL_FLOATS = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
 
 
@@ -38,9 +39,9 @@ class FileEntry(_Record):
 class JournalMark(_Record):
     """Up to where the rows of the metric journal belong to a snapshot."""
 
-    num_bytes: int = Field(ge=0)
+    num_bytes: int = Field(ge=0, le=_MAX_LENGTH)
     digest: str = Field(pattern="^[0-9a-f]{32}$")
-    rows: int = Field(ge=0)
+    rows: int = Field(ge=0, le=_MAX_LENGTH)
 
 
 def _float_of(value: object) -> object:
@@ -60,17 +61,17 @@ class Best(_Record):
 class PositionFields(_Record):
     """`layout.Position` as fields of the manifest."""
 
-    epoch: int = Field(ge=0)
-    batch: int = Field(ge=0)
-    step: int = Field(ge=0)
+    epoch: int = Field(ge=0, le=_MAX_POSITION)
+    batch: int = Field(ge=0, le=_MAX_POSITION)
+    step: int = Field(ge=0, le=_MAX_POSITION)
 
 
 class Manifest(_Record):
     """Everything a snapshot says beside the state itself; fields as in FORMAT.md."""
 
-    format: Literal[1] = 1
+    format: int = Field(default=FORMAT, ge=1, le=FORMAT)
     run_id: str
-    generation: int
+    generation: int = Field(ge=0, le=_MAX_GENERATION)
     name: str
     position: PositionFields
     epoch_complete: bool
@@ -81,7 +82,7 @@ class Manifest(_Record):
     journal: JournalMark | None = None
     outcome: Literal["finished", "stopped_early"] | None = None
     best: Best | None = None
-    metrics: dict[str, float | int | str] = Field(default_factory=dict)
+    metrics: dict[str, float | int | Literal["NaN", "Infinity", "-Infinity"]] = Field(default_factory=dict)
     settings: dict[str, Any] = Field(default_factory=dict)
     depends_on: dict[str, Any] = Field(default_factory=dict)
     saved_by: dict[str, str] = Field(default_factory=dict)

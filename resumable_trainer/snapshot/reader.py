@@ -5,10 +5,10 @@ from __future__ import annotations
 from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
 
-from resumable_trainer.errors import DamagedSnapshotError
+from resumable_trainer.errors import DamagedSnapshotError, ResumableTrainerError
 from resumable_trainer.snapshot.layout import STATE, TENSORS_SUFFIX
 from resumable_trainer.snapshot.tensors import TensorFile
-from resumable_trainer.snapshot.tree import unflatten
+from resumable_trainer.snapshot.tree import BAD_VALUES, unflatten
 from resumable_trainer.snapshot.values import read_values
 
 if TYPE_CHECKING:
@@ -53,8 +53,10 @@ class Reader:
                 return unflatten(values, read)
             except DamagedSnapshotError:
                 raise
-            except (ValueError, TypeError, KeyError, AttributeError, RuntimeError) as error:
+            except BAD_VALUES as error:
                 raise DamagedSnapshotError(f"{STATE} does not describe a state: {error}", path=self._path) from error
+            except MemoryError as error:  # not damaged: another machine may hold it
+                raise ResumableTrainerError(f"{self._path} does not fit into memory", path=self._path) from error
 
     def _tensor_file(self, section: str) -> TensorFile:
         name = section + TENSORS_SUFFIX
