@@ -6,7 +6,7 @@ import json
 from typing import TYPE_CHECKING, Any
 
 from resumable_trainer.cli.output import run_directory
-from resumable_trainer.durable.digest import Digest
+from resumable_trainer.durable.digest import Digest, reading
 from resumable_trainer.errors import ExitCode
 from resumable_trainer.report.summary import Entry, entries
 from resumable_trainer.snapshot.layout import METRICS
@@ -57,7 +57,7 @@ def _journal_damage(directory: Path, found: list[Entry]) -> str | None:
         return None
     digest = Digest()
     try:
-        with (directory / METRICS).open("rb") as file:
+        with reading(directory / METRICS) as file:
             for num_bytes, expected in marks:
                 while digest.num_bytes < num_bytes:
                     chunk = file.read(min(_CHUNK_BYTES, num_bytes - digest.num_bytes))
@@ -69,4 +69,6 @@ def _journal_damage(directory: Path, found: list[Entry]) -> str | None:
                     return f"its first {num_bytes} bytes have digest {now[:8]}.., a snapshot counts {expected[:8]}.."
     except FileNotFoundError:
         return "it is missing"
+    except ValueError as error:
+        return str(error)
     return None
