@@ -151,6 +151,8 @@ class Process:
         sources = source_digests(self.script) if code == 0 else {}
         time = datetime.datetime.now(datetime.UTC).isoformat(timespec="milliseconds")
         for directory, generation in self.opened.items():
+            if not directory.is_dir():
+                continue  # gone or moved: taking its lock would make it again
             try:
                 _append_event(
                     directory,
