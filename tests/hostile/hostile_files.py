@@ -34,6 +34,7 @@ from scenarios import SCENARIOS, Training
 from resumable_trainer import StateManager
 from resumable_trainer.cli.main import main
 from resumable_trainer.errors import ExitCode, ResumableTrainerError
+from resumable_trainer.loop import launch
 from resumable_trainer.snapshot.reader import Reader
 from resumable_trainer.snapshot.verify import verify
 
@@ -117,6 +118,7 @@ def make_sound(scratch: Path) -> None:
     for trained in (False, True):
         with _copied(scratch, "warm", trained=trained) as directory:
             _quietly(lambda run=directory / "run", trained=trained: _doors(run, refused=False, trained=trained))
+    launch.process.opened.clear()
 
 
 @contextlib.contextmanager
