@@ -39,7 +39,7 @@ from resumable_trainer.snapshot.pending import PendingSnapshot
 from resumable_trainer.snapshot.reader import Reader
 from resumable_trainer.snapshot.retention import Kept, to_delete
 from resumable_trainer.snapshot.store import Store
-from resumable_trainer.snapshot.tree import Flat, flatten
+from resumable_trainer.snapshot.tree import BAD_VALUES, Flat, flatten
 from resumable_trainer.state import generators, modes, staging
 from resumable_trainer.state.parts import (
     RESERVED_NAMES,
@@ -400,7 +400,7 @@ class StateManager:
             journal=None if facts.journal is None else JournalMark(**asdict(facts.journal)),
             outcome=facts.outcome,
             best=None if best is None else Best(**asdict(best)),
-            metrics=dict(facts.metrics),
+            metrics=dict(facts.metrics),  # type: ignore[arg-type] # the model refuses other words
             settings=dict(facts.settings),
             depends_on=dict(facts.depends_on),
             saved_by=dict(facts.saved_by),
@@ -500,14 +500,14 @@ class StateManager:
             restore_part(name, part, own[name])
             if strictly:
                 notes += self._check_faithful(name, part, own[name])
-        if "modes" in sections:
-            modes.restore_modes(self.state, sections["modes"])
-        used = modes.restore_gradients(self.state, sections["gradients"]) if "gradients" in sections else set()
-        if self._watch is not None:
-            self._watch.resume(used)
-        # Invariant: generators come last, so that nothing above can draw from what was restored.
-        if "generators" in sections:
-            notes += generators.restore_global(sections["generators"])
+        try:
+            notes += self._apply_own(sections)
+        except BAD_VALUES as error:
+            raise DamagedSnapshotError(
+                f"snapshot {found.manifest.name} in {self.directory} holds generators, gradients or modes that this"
+                f" version does not write: {error}",
+                path=self.store.path(found.manifest.name),
+            ) from error
         return RestoreReport(
             snapshot=found.snapshot,
             manifest=found.manifest,
@@ -517,6 +517,16 @@ class StateManager:
             absent=tuple(name for name in ("generators", "gradients", "modes") if name not in sections),
             notes=tuple(notes),
         )
+
+    def _apply_own(self, sections: Mapping[str, Any]) -> list[str]:
+        """Put back what is saved beside the parts; notes for a person."""
+        if "modes" in sections:
+            modes.restore_modes(self.state, sections["modes"])
+        used = modes.restore_gradients(self.state, sections["gradients"]) if "gradients" in sections else set()
+        if self._watch is not None:
+            self._watch.resume(used)
+        # Invariant: generators come last, so that nothing above can draw from what was restored.
+        return generators.restore_global(sections["generators"]) if "generators" in sections else []
 
     def _check_fit(self, snapshot: str, own: Mapping[str, object], unknown: Sequence[str]) -> None:
         """Every mismatch in one error, before anything is touched."""

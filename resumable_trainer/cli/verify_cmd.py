@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from resumable_trainer.cli.diff_cmd import difference_as_json, difference_lines
 from resumable_trainer.cli.output import run_directory
 from resumable_trainer.cli.starting import check_target, go_on_as
-from resumable_trainer.durable.digest import Digest
+from resumable_trainer.durable.digest import Digest, reading
 from resumable_trainer.errors import ExitCode, NotFoundError, UsageError
 from resumable_trainer.loop import launch
 from resumable_trainer.proof.replay import replayed, stretch
@@ -105,7 +105,7 @@ def _journal_damage(directory: Path, found: list[Entry]) -> str | None:
         return None
     digest = Digest()
     try:
-        with (directory / METRICS).open("rb") as file:
+        with reading(directory / METRICS) as file:
             for num_bytes, expected in marks:
                 while digest.num_bytes < num_bytes:
                     chunk = file.read(min(_CHUNK_BYTES, num_bytes - digest.num_bytes))
@@ -117,4 +117,6 @@ def _journal_damage(directory: Path, found: list[Entry]) -> str | None:
                     return f"its first {num_bytes} bytes have digest {now[:8]}.., a snapshot counts {expected[:8]}.."
     except FileNotFoundError:
         return "it is missing"
+    except ValueError as error:
+        return str(error)
     return None

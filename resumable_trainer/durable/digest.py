@@ -80,17 +80,32 @@ def open_regular(path: Path) -> int:
     """Open a regular file for reading, following no link and waiting for no FIFO.
 
     Raises:
-        ValueError: The path names something else; the message says what.
+        ValueError: The path names something else, or a giant of holes; the message says what.
         OSError: It cannot be opened.
     """
-    mode = os.lstat(path).st_mode
-    if not stat.S_ISREG(mode):
-        raise ValueError(f"{path} is {_kind(mode)}, not a regular file")
+    problem = not_a_plain_file(path, os.lstat(path))
+    if problem is not None:
+        raise ValueError(f"{path} {problem}")
     fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
     if not stat.S_ISREG(os.fstat(fd).st_mode):  # changed between the two calls
         close_after_reading(fd)
         raise ValueError(f"{path} is not a regular file")
     return fd
+
+
+def not_a_plain_file(path: Path, found: os.stat_result) -> str | None:
+    """What is wrong with reading a file from end to end, as the end of a sentence; None if nothing is.
+
+    A sparse giant costs its maker nothing, and its reader minutes. One that is longer than its whole file system
+    was not written byte by byte; a file that only has holes (zeros that a copy left out) is fine.
+    """
+    if not stat.S_ISREG(found.st_mode):
+        return f"is {_kind(found.st_mode)}, not a regular file"
+    if found.st_blocks * 512 < found.st_size // 2:
+        whole = os.statvfs(path)
+        if 0 < whole.f_blocks * whole.f_frsize < found.st_size:
+            return f"has {found.st_size:,} bytes, more than the file system that it lies on; nearly all are holes"
+    return None
 
 
 @contextlib.contextmanager

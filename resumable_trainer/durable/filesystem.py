@@ -15,6 +15,7 @@ import stat
 from dataclasses import dataclass
 from pathlib import Path
 
+from resumable_trainer.durable.digest import not_a_plain_file
 from resumable_trainer.errors import SettingsError
 
 _MOUNTS = Path("/proc/self/mountinfo")
@@ -179,7 +180,8 @@ def refuse_links(directory: Path, names: tuple[str, ...]) -> None:
         names: What the run keeps in it; those that are not there yet are fine.
 
     Raises:
-        SettingsError: One is a link, or a file that has a second name somewhere; all of them at once.
+        SettingsError: One is a link, a file that has a second name somewhere, a FIFO, a device or the like; all of
+            them at once.
     """
     problems = []
     for name in names:
@@ -191,6 +193,8 @@ def refuse_links(directory: Path, names: tuple[str, ...]) -> None:
             problems.append(f"{name} is a symbolic link to {os.readlink(directory / name)}")
         elif stat.S_ISREG(found.st_mode) and found.st_nlink > 1:
             problems.append(f"{name} has {found.st_nlink} names (hard links)")
+        elif not stat.S_ISDIR(found.st_mode) and (problem := not_a_plain_file(directory / name, found)) is not None:
+            problems.append(f"{name} {problem}")
     if problems:
         raise SettingsError(
             f"run directory {directory} is refused: " + "; ".join(problems) + " - a run would write through it",

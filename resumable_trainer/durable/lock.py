@@ -43,6 +43,7 @@ _RECORD_BYTES = 2048
 _MAX_COMMAND_BYTES = 1024
 _MAX_READS = 100
 _SETTLING_SECONDS = 0.5
+_MAX_GENERATION, _MAX_PID = 2**62, 2**31 - 1
 _NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)
 _held: weakref.WeakSet[RunLock] = weakref.WeakSet()
 
@@ -296,7 +297,7 @@ def read_owner(path: Path) -> Owner | None:
     except (FileNotFoundError, ValueError):
         return None
     try:
-        return _owner_from(json.loads(_stable_record(fd)))
+        return _owner_from(json.loads(_stable_record(fd).decode()))
     except (ValueError, RecursionError):  # torn or foreign: nothing is learnt, and the manifests know the generation
         return None
     finally:
@@ -320,7 +321,12 @@ def _owner_from(fields: Any) -> Owner | None:
     except TypeError:
         return None
     # A pid below 1 means a group of processes, or all of them, to those who send signals to the owner.
-    return owner if isinstance(owner.generation, int) and isinstance(owner.pid, int) and owner.pid > 0 else None
+    is_sound = _is_number(owner.generation, 0, _MAX_GENERATION) and _is_number(owner.pid, 1, _MAX_PID)
+    return owner if is_sound else None
+
+
+def _is_number(value: object, least: int, most: int) -> bool:
+    return type(value) is int and least <= value <= most
 
 
 def is_alive(owner: Owner) -> bool | None:

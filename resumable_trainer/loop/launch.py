@@ -19,7 +19,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from resumable_trainer.durable.digest import digest_bytes
+from resumable_trainer.durable.digest import digest_bytes, reading
 from resumable_trainer.durable.journal import Journal
 from resumable_trainer.durable.lock import RunLock
 from resumable_trainer.errors import RunHeldError
@@ -153,6 +153,8 @@ class Process:
         sources = source_digests(self.script) if code == 0 else {}
         time = datetime.datetime.now(datetime.UTC).isoformat(timespec="milliseconds")
         for directory, generation in self.opened.items():
+            if not directory.is_dir():
+                continue  # gone or moved: taking its lock would make it again
             try:
                 _append_event(
                     directory,
@@ -242,7 +244,7 @@ def last_events(directory: Path, kinds: tuple[str, ...]) -> dict[str, dict[str, 
     path = directory / EVENTS
     marks = {kind: f'"event":"{kind}"'.encode() for kind in kinds}
     newest: dict[str, bytes] = {}
-    with path.open("rb") if path.exists() else io.BytesIO() as file:
+    with reading(path) if path.exists() else io.BytesIO() as file:
         for line in file:  # only the newest of each kind is parsed: a long run has many events
             for kind, mark in marks.items():
                 if mark in line and line.endswith(b"\n"):

@@ -11,12 +11,14 @@ from dataclasses import asdict, replace
 from os import getpid
 from typing import TYPE_CHECKING, Any
 
+from resumable_trainer.durable.digest import reading
 from resumable_trainer.durable.files import make_directories, move_directory, write_replacing
 from resumable_trainer.durable.journal import Mark, read_rows
 from resumable_trainer.errors import DamagedSnapshotError
 from resumable_trainer.loop import identity, launch
 from resumable_trainer.loop.cursor import BatchLoop, Cursor
 from resumable_trainer.loop.record import EMPTY_MARK_DIGEST
+from resumable_trainer.snapshot import strict_json
 from resumable_trainer.snapshot.layout import METRICS, QUARANTINE, RUN_JSON
 from resumable_trainer.state import generators
 
@@ -30,6 +32,8 @@ if TYPE_CHECKING:
     from resumable_trainer.snapshot.manifest import Manifest
     from resumable_trainer.snapshot.retention import Retention
 
+_MAX_BYTES = 1 << 20  # of run.json, which is written once and says who the run is
+
 
 def identify(manager: StateManager, command: Command, seed: int) -> None:
     """Read the run's identity, or give it one; `run.json` is written once.
@@ -40,8 +44,9 @@ def identify(manager: StateManager, command: Command, seed: int) -> None:
     path = manager.directory / RUN_JSON
     if path.exists():
         try:
-            manager.run_id = str(json.loads(path.read_bytes())["run_id"])
-        except (ValueError, KeyError, TypeError, RecursionError) as error:
+            with reading(path) as file:
+                manager.run_id = _run_id(strict_json.parse(file.read(_MAX_BYTES + 1), max_bytes=_MAX_BYTES))
+        except (ValueError, KeyError, TypeError) as error:
             raise DamagedSnapshotError(
                 f"{path} is damaged: {error}",
                 path=path,
@@ -58,6 +63,13 @@ def identify(manager: StateManager, command: Command, seed: int) -> None:
         "versions": identity.versions(),
     }
     write_replacing(manager.files, path, (json.dumps(fields, indent=2) + "\n").encode())
+
+
+def _run_id(fields: Any) -> str:
+    run_id = fields["run_id"]
+    if not isinstance(run_id, str):
+        raise TypeError("run_id is no text")
+    return run_id
 
 
 def known_run_id(manager: StateManager) -> str | None:

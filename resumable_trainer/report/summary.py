@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,6 +11,7 @@ from resumable_trainer.durable.files import TEMPORARY_PREFIX
 from resumable_trainer.durable.journal import read_rows
 from resumable_trainer.durable.lock import Owner, is_alive, read_owner
 from resumable_trainer.errors import DamagedSnapshotError, NotFoundError
+from resumable_trainer.snapshot import strict_json
 from resumable_trainer.snapshot.layout import EVENTS, RUN_JSON, RUN_LOCK, SNAPSHOTS, parse_name
 from resumable_trainer.snapshot.store import Store
 
@@ -120,7 +120,7 @@ def origin(directory: Path) -> dict[str, Any]:
     """Where a run comes from, if it did not begin by itself: "forked_from" or "imported_from", as in `run.json`."""
     try:
         with reading(directory / RUN_JSON) as file:
-            fields = json.loads(file.read(_MAX_IDENTITY_BYTES))
+            fields = strict_json.parse(file.read(_MAX_IDENTITY_BYTES + 1), max_bytes=_MAX_IDENTITY_BYTES)
     except (FileNotFoundError, ValueError):
         return {}
     known = ("forked_from", "imported_from")
@@ -264,5 +264,5 @@ def _state_at_rest(directory: Path, newest: Manifest | None) -> str:
     if last.get("event") == "failed":
         return "failed"
     if last.get("event") == "finished":
-        return str(last["outcome"])
+        return str(last.get("outcome"))
     return newest.outcome if newest is not None and newest.outcome is not None else "interrupted"

@@ -9,9 +9,9 @@ from __future__ import annotations
 import json
 import math
 import re
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from resumable_trainer.durable.digest import digest_bytes
 from resumable_trainer.errors import DamagedSnapshotError, SettingsError
@@ -21,6 +21,7 @@ FORMAT = 1
 MAX_BYTES = 16 << 20
 _TAIL = re.compile(rb',\n  "digest": "([0-9a-f]{32})"\n}\n')
 _TAIL_BYTES = len(b',\n  "digest": ""\n}\n') + 32
+_MAX_POSITION, _MAX_GENERATION, _MAX_LENGTH = 10**18 - 1, 2**62, 2**62
 _SPECIAL_FLOATS = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
 
 
@@ -40,39 +41,39 @@ class FileEntry(_Record):
 class JournalMark(_Record):
     """Up to where the rows of the metric journal belong to a snapshot."""
 
-    num_bytes: int = Field(ge=0)
+    num_bytes: int = Field(ge=0, le=_MAX_LENGTH)
     digest: str = Field(pattern="^[0-9a-f]{32}$")
-    rows: int = Field(ge=0)
+    rows: int = Field(ge=0, le=_MAX_LENGTH)
+
+
+def _float_of(value: object) -> object:
+    """Infinities stand in JSON as words."""
+    return _SPECIAL_FLOATS.get(value, value) if isinstance(value, str) else value
 
 
 class Best(_Record):
     """The best value so far of the early-stopping metric, and the epoch (from 0) and step of its row."""
 
     metric: str
-    value: float
+    value: Annotated[float, BeforeValidator(_float_of)]
     epoch: int
     step: int
-
-    @field_validator("value", mode="before")
-    @classmethod
-    def _from_word(cls, value: object) -> object:
-        return _SPECIAL_FLOATS.get(value, value) if isinstance(value, str) else value
 
 
 class PositionFields(_Record):
     """`layout.Position` as fields of the manifest."""
 
-    epoch: int = Field(ge=0)
-    batch: int = Field(ge=0)
-    step: int = Field(ge=0)
+    epoch: int = Field(ge=0, le=_MAX_POSITION)
+    batch: int = Field(ge=0, le=_MAX_POSITION)
+    step: int = Field(ge=0, le=_MAX_POSITION)
 
 
 class Manifest(_Record):
     """Everything a snapshot says beside the state itself; fields as in FORMAT.md."""
 
-    format: Literal[1] = 1
+    format: int = Field(default=FORMAT, ge=1, le=FORMAT)
     run_id: str
-    generation: int
+    generation: int = Field(ge=0, le=_MAX_GENERATION)
     name: str
     position: PositionFields
     epoch_complete: bool
@@ -83,7 +84,7 @@ class Manifest(_Record):
     journal: JournalMark | None = None
     outcome: Literal["finished", "stopped_early"] | None = None
     best: Best | None = None
-    metrics: dict[str, float | int | str] = Field(default_factory=dict)
+    metrics: dict[str, float | int | Literal["NaN", "Infinity", "-Infinity"]] = Field(default_factory=dict)
     settings: dict[str, Any] = Field(default_factory=dict)
     depends_on: dict[str, Any] = Field(default_factory=dict)
     saved_by: dict[str, str] = Field(default_factory=dict)
@@ -91,9 +92,8 @@ class Manifest(_Record):
 
     @property
     def metric_values(self) -> dict[str, float]:
-        """Values of the newest epoch row as numbers; other words than those for special floats are left out."""
-        values = {name: _SPECIAL_FLOATS.get(v) if isinstance(v, str) else v for name, v in self.metrics.items()}
-        return {name: value for name, value in values.items() if value is not None}
+        """Values of the newest epoch row as numbers."""
+        return {n: _SPECIAL_FLOATS[v] if isinstance(v, str) else v for n, v in self.metrics.items()}
 
     @property
     def total_bytes(self) -> int:

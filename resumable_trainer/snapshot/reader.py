@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import struct
 from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
 
-from resumable_trainer.errors import DamagedSnapshotError
+from resumable_trainer.errors import DamagedSnapshotError, ResumableTrainerError
 from resumable_trainer.snapshot.layout import STATE, TENSORS_SUFFIX
 from resumable_trainer.snapshot.tensors import TensorFile
-from resumable_trainer.snapshot.tree import unflatten
+from resumable_trainer.snapshot.tree import BAD_VALUES, unflatten
 from resumable_trainer.snapshot.values import read_values
 
 if TYPE_CHECKING:
@@ -18,9 +17,6 @@ if TYPE_CHECKING:
     import torch
 
     from resumable_trainer.snapshot.manifest import Manifest
-
-# What builtins, numpy and torch raise when they are given values that they cannot be made of.
-_NO_STATE = (ValueError, TypeError, LookupError, ArithmeticError, AttributeError, RuntimeError, struct.error)
 
 
 class Reader:
@@ -70,8 +66,10 @@ class Reader:
                 return unflatten(values, read)
             except DamagedSnapshotError:
                 raise
-            except _NO_STATE as error:
+            except BAD_VALUES as error:
                 raise DamagedSnapshotError(f"{STATE} does not describe a state: {error}", path=self._path) from error
+            except MemoryError as error:  # not damaged: another machine may hold it
+                raise ResumableTrainerError(f"{self._path} does not fit into memory", path=self._path) from error
 
     def _tensor_file(self, section: str) -> TensorFile:
         name = section + TENSORS_SUFFIX

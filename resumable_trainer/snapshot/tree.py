@@ -17,8 +17,10 @@ import enum
 import json
 import math
 import pathlib
+import re
 import struct
 import sys
+import types
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -30,7 +32,7 @@ from resumable_trainer.snapshot.raw import MAX_NAME_BYTES
 from resumable_trainer.snapshot.tensors import is_storable
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable, Mapping, Sequence
 
 MAX_DEPTH = 40
 _INLINE_ARRAY_BYTES = 1024
@@ -38,6 +40,12 @@ _USUAL_NAN = struct.pack(">d", math.nan).hex()
 _FACTORIES = {"list": list, "dict": dict, "int": int, "float": float, "set": set}
 _TORCH_DTYPES = {str(d).removeprefix("torch."): d for d in vars(torch).values() if isinstance(d, torch.dtype)}
 TensorReader = "Callable[[str, str], torch.Tensor]"
+# What decoding may raise on values that `flatten` does not write.
+BAD_VALUES = (ValueError, TypeError, LookupError, ArithmeticError, AttributeError, RuntimeError, struct.error)
+_TENSOR_FIELDS = frozenset({"$tensor", "device", "stride", "dtype", "parameter"})
+_MAX_VARIANTS = 4  # of one stored tensor: as it is, and as a parameter with and without a gradient
+_MAX_EQUAL_HASHES = 1000
+_NUMPY_DTYPE = re.compile(r"[<>|=][biufcSUmM]\d{1,9}(\[\w{1,40}\])?")
 
 
 @dataclass(frozen=True)
@@ -127,7 +135,7 @@ class _Writer:
         encoded: dict[str, Any] = {"$tensor": self.place(plain, path)}
         if plain.device.type != "cpu":
             encoded["device"] = str(plain.device)
-        if not plain.is_contiguous() and _is_dense(plain):
+        if not plain.is_contiguous() and _is_dense(plain.shape, plain.stride()):
             encoded["stride"] = list(plain.stride())
         if plain.dtype == torch.complex128:
             encoded["dtype"] = "complex128"
@@ -179,14 +187,18 @@ def _special(value: Any) -> str:
 
 
 def _float_of(word: str) -> float:
-    kind, _, bits = word.partition(":")
-    return float(kind) if not bits else float(struct.unpack(">d", bytes.fromhex(bits))[0])
+    kind, colon, bits = word.partition(":")
+    if not colon:
+        return float(kind)
+    if kind != "nan" or len(bits) != 16:
+        raise ValueError(f"state.json holds a float {word[:40]!r}")
+    return float(struct.unpack(">d", bytes.fromhex(bits))[0])
 
 
-def _is_dense(tensor: torch.Tensor) -> bool:
-    """Whether the tensor fills its memory without gaps, in some order of its dimensions."""
+def _is_dense(shape: Sequence[int], strides: Sequence[int]) -> bool:
+    """Whether a tensor fills its memory without gaps and overlaps, in some order of its dimensions."""
     expected = 1
-    for stride, size in sorted((s, n) for s, n in zip(tensor.stride(), tensor.shape, strict=True) if n != 1):
+    for stride, size in sorted((s, n) for s, n in zip(strides, shape, strict=True) if n != 1):
         if stride != expected:
             return False
         expected *= size
@@ -261,6 +273,7 @@ class _Reader:
     def __init__(self, tensor: Callable[[str, str], torch.Tensor]) -> None:
         self._read = tensor
         self._tensors: dict[tuple[str, str, str], torch.Tensor] = {}
+        self._variants: collections.Counter[tuple[str, str]] = collections.Counter()
 
     def value(self, encoded: Any) -> Any:
         if isinstance(encoded, list):
@@ -278,15 +291,28 @@ class _Reader:
         return decode(self, encoded[tag])
 
     def pairs(self, encoded: list[list[Any]]) -> list[tuple[Any, Any]]:
-        return [(self.value(key), self.value(inner)) for key, inner in encoded]
+        pairs = [(self.value(key), self.value(inner)) for key, inner in encoded]
+        _check_hashes([key for key, _ in pairs])
+        return pairs
+
+    def keys(self, encoded: list[Any]) -> list[Any]:
+        """Items of a set."""
+        keys: list[Any] = self.value(encoded)
+        _check_hashes(keys)
+        return keys
 
     def tensor(self, encoded: dict[str, Any]) -> torch.Tensor:
         """Equal references give the very same tensor: what was tied is tied again."""
         section, name = encoded["$tensor"]
         key = (section, name, json.dumps(encoded, sort_keys=True))
         if key not in self._tensors:
+            self._variants[section, name] += 1
+            if not encoded.keys() <= _TENSOR_FIELDS or self._variants[section, name] > _MAX_VARIANTS:
+                raise ValueError(f"state.json speaks of tensor {name!r} of {section!r} in a way that is never written")
             tensor = self._read(section, name)
-            if encoded.get("dtype") == "complex128":
+            if "dtype" in encoded:
+                if encoded["dtype"] != "complex128":
+                    raise ValueError(f"state.json gives tensor {name!r} of {section!r} another dtype")
                 tensor = torch.view_as_complex(tensor)
             if "stride" in encoded:
                 tensor = _strided(tensor, encoded["stride"])
@@ -307,10 +333,19 @@ class _Reader:
 
 def _strided(tensor: torch.Tensor, stride: list[int]) -> torch.Tensor:
     """The same values laid out as they were, channels_last say: kernels round differently on other layouts."""
-    laid_out = torch.empty_strided(tensor.shape, stride, dtype=tensor.dtype)
-    if laid_out.untyped_storage().nbytes() > tensor.numel() * tensor.element_size():
-        raise ValueError(f"state.json gives stride {stride} for shape {list(tensor.shape)}, which leaves gaps")
-    return laid_out.copy_(tensor)
+    if not _is_dense(tensor.shape, stride):  # before memory is asked for
+        raise ValueError(f"state.json gives stride {stride} for shape {list(tensor.shape)}")
+    return torch.empty_strided(tensor.shape, stride, dtype=tensor.dtype).copy_(tensor)
+
+
+def _check_hashes(keys: list[Any]) -> None:
+    """Keys made to have one hash would take the square of their number in time.
+
+    Raises:
+        ValueError: There are too many of them.
+    """
+    if len(keys) - len({hash(key) for key in keys}) > _MAX_EQUAL_HASHES:
+        raise ValueError(f"state.json holds more than {_MAX_EQUAL_HASHES} keys of the same hash")
 
 
 def _on_device(tensor: torch.Tensor, device: str) -> torch.Tensor:
@@ -323,18 +358,21 @@ def _on_device(tensor: torch.Tensor, device: str) -> torch.Tensor:
 
 
 def _numpy_dtype(text: str) -> np.dtype[Any]:
-    dtype = np.dtype(text)
-    if dtype.hasobject or dtype.names is not None:
-        raise ValueError(f"state.json holds an array of dtype {text!r}")
-    return dtype
+    """A plain one: NumPy takes words for objects, records and shapes too, and evaluates some."""
+    if not isinstance(text, str) or _NUMPY_DTYPE.fullmatch(text) is None:
+        raise ValueError(f"state.json holds an array of dtype {str(text)[:40]!r}")
+    return np.dtype(text)
 
 
 def _decode_enum(_reader: _Reader, encoded: list[str]) -> Any:
-    """Looked up among what is loaded already, never imported: no code of a stranger runs."""
+    """Looked up among what is loaded already, never imported: no code of a stranger runs.
+
+    Nor any other: attributes of modules may import more when they are asked for, so only what is there counts.
+    """
     module, qualified_name, member = encoded
     found: Any = sys.modules.get(module)
     for part in qualified_name.split("."):
-        found = getattr(found, part, None)
+        found = vars(found).get(part) if isinstance(found, type | types.ModuleType) else None
     if not (isinstance(found, type) and issubclass(found, enum.Enum)):
         raise ValueError(f"state.json holds {module}.{qualified_name}.{member}: import {module} before restoring")
     return found[member]
@@ -350,16 +388,32 @@ def _decode_defaultdict(reader: _Reader, encoded: dict[str, Any]) -> Any:
     return collections.defaultdict(factory, reader.pairs(encoded["items"]))
 
 
+def _decode_complex(reader: _Reader, encoded: list[Any]) -> complex:
+    real, imaginary = reader.value(encoded)
+    return complex(real, imaginary)
+
+
+def _decode_timedelta(_reader: _Reader, encoded: list[int]) -> datetime.timedelta:
+    days, seconds, microseconds = encoded
+    return datetime.timedelta(days, seconds, microseconds)
+
+
+def _decode_size(_reader: _Reader, encoded: list[int]) -> torch.Size:
+    if not all(type(n) is int and 0 <= n < 2**63 for n in encoded):
+        raise ValueError("state.json holds a size that no tensor has")
+    return torch.Size(encoded)
+
+
 _DECODERS: dict[str, Callable[[_Reader, Any], Any]] = {
     "$int": lambda _r, v: int(v, 16),
     "$float": lambda _r, v: _float_of(v),
     "$dict": lambda r, v: dict(r.pairs(v)),
     "$tuple": lambda r, v: tuple(r.value(v)),
-    "$set": lambda r, v: set(r.value(v)),
-    "$frozenset": lambda r, v: frozenset(r.value(v)),
+    "$set": lambda r, v: set(r.keys(v)),
+    "$frozenset": lambda r, v: frozenset(r.keys(v)),
     "$bytes": lambda _r, v: base64.b64decode(v, validate=True),
     "$bytearray": lambda _r, v: bytearray(base64.b64decode(v, validate=True)),
-    "$complex": lambda r, v: complex(*r.value(v)),
+    "$complex": _decode_complex,
     "$ordered": lambda r, v: collections.OrderedDict(r.pairs(v)),
     "$counter": lambda r, v: collections.Counter(dict(r.pairs(v))),
     "$deque": lambda r, v: collections.deque(r.value(v["items"]), v["maxlen"]),
@@ -368,12 +422,12 @@ _DECODERS: dict[str, Callable[[_Reader, Any], Any]] = {
     "$slice": lambda r, v: slice(*r.value(v)),
     "$path": lambda _r, v: pathlib.Path(v),
     "$datetime": lambda _r, v: datetime.datetime.fromisoformat(v),
-    "$timedelta": lambda _r, v: datetime.timedelta(*v),
+    "$timedelta": _decode_timedelta,
     "$ndarray": lambda r, v: r.array(v),
     "$npscalar": _decode_numpy_scalar,
     "$npdtype": lambda _r, v: _numpy_dtype(v),
     "$torchdtype": lambda _r, v: _TORCH_DTYPES[v],
     "$device": lambda _r, v: torch.device(v),
-    "$size": lambda _r, v: torch.Size(v),
+    "$size": _decode_size,
     "$enum": _decode_enum,
 }

@@ -12,12 +12,14 @@ from typing import TYPE_CHECKING
 from resumable_trainer.durable.digest import digest_file, reading
 from resumable_trainer.errors import DamagedSnapshotError
 from resumable_trainer.snapshot import manifest as manifest_module
-from resumable_trainer.snapshot.layout import MANIFEST
+from resumable_trainer.snapshot.layout import MANIFEST, Position, snapshot_name
 
 if TYPE_CHECKING:
     from pathlib import Path
 
     from resumable_trainer.snapshot.manifest import FileEntry, Manifest
+
+_MAX_NAME_BYTES = 255  # of a file name, on every file system in use
 
 
 def verify(path: Path) -> Manifest:
@@ -54,11 +56,19 @@ def read_manifest(path: Path) -> Manifest:
         raise _damaged(path, str(error)) from error
     if manifest.name != path.name:
         raise _damaged(path, f"{MANIFEST} is that of {manifest.name}")
+    at = manifest.position
+    if snapshot_name(Position(at.epoch, at.batch, at.step), epoch_complete=manifest.epoch_complete) != path.name:
+        raise _damaged(path, f"{MANIFEST} speaks of another position: epoch {at.epoch}, step {at.step}")
     return manifest
 
 
 def _verify_file(path: Path, name: str, entry: FileEntry) -> None:
-    if "/" in name or name in ("", ".", "..", MANIFEST) or "\0" in name:
+    if (
+        "/" in name
+        or name in ("", ".", "..", MANIFEST)
+        or "\0" in name
+        or len(name.encode(errors="replace")) > _MAX_NAME_BYTES
+    ):
         raise _damaged(path, f"{MANIFEST} lists {name!r}, which is no file name")
     try:
         size = os.lstat(path / name).st_size

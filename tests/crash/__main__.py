@@ -15,7 +15,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 import comparison
 from faults import make_ready
 from lab import LAYERS, Count, Lab, run_layer, scratch_directory
-from seeded import SEEDED, seeded
+from seeded import EXPECTED, SCENARIOS_OF, SEEDED, seeded
 
 _SHOWN = 20
 
@@ -40,7 +40,7 @@ def main() -> int:
     seed = options.seed if options.seed is not None else secrets.randbelow(10**6)
     print(f"crash laboratory, {'long' if options.long else 'short'} form, seed {seed}", flush=True)
     if options.seeded:
-        return _run_seeded(names, seed)
+        return _run_seeded(names, seed, full=options.long)
     if options.peers:
         names = [name for name in names if name in comparison.LAYERS]
         if not names:
@@ -73,22 +73,27 @@ def _in_scratch(name: str, lab: Lab) -> Count:
         )
 
 
-def _run_seeded(names: list[str], seed: int) -> int:
-    """Every deliberate fault must be caught by a layer, and every layer that can be run here must catch one."""
+def _run_seeded(names: list[str], seed: int, *, full: bool) -> int:
+    """Every deliberate fault must be caught by a layer, and every layer that can be run here must catch one.
+
+    The short table tries each fault in the layers that are expected to catch it; the full one in all.
+    """
     make_ready()  # what is there before the faults strike comes from sound code
     catches: Counter[str] = Counter()
     missed, skipped = [], set()
     for fault in SEEDED:
         found = {}
         for name in names:
+            if not full and name not in EXPECTED[fault]:
+                continue
             with seeded(fault):
-                count = _in_scratch(name, Lab(long=False, seed=seed, scratch=Path()))
+                count = _in_scratch(name, Lab(long=False, seed=seed, scratch=Path(), scenarios=SCENARIOS_OF.get(fault)))
             found[name] = len(count.violations)
             catches[name] += bool(count.violations)
             skipped |= {name} if count.skipped is not None else set()
         by = ", ".join(f"{name} {number}" for name, number in found.items() if number)
         print(f"{fault:45} {'caught by ' + by if by else 'MISSED'}", flush=True)
-        if not by:
+        if not by and any(name in names for name in EXPECTED[fault]):
             missed.append(fault)
     idle = [name for name in names if not catches[name] and name not in skipped]
     print(f"{len(SEEDED)} deliberate faults, {len(missed)} missed; caught by layer: {dict(catches)}")

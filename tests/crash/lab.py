@@ -24,6 +24,7 @@ LAYERS = {
     "L5": "block_replay",
     "L6": "space",
     "L7": "damage",
+    "L8": "hostile_files",
     "L9": "random_kills",
 }
 HOSTILE = Path(__file__).parents[1] / "hostile"  # where layers 7 and 8 are

@@ -101,10 +101,10 @@ def _of_run(directory: Path, scenario: Scenario, acked: Sequence[str]) -> list[s
     broken = _lost(newest.name if newest else None, scenario, acked)
     training = Training()
     training.train(directory)
-    rows, parameters = golden_run()
+    rows, wanted = golden_run()
     if (directory / "metrics.jsonl").read_bytes() != rows:
         broken.append("the metric rows are not those of an undisturbed run")
-    if _parameters(training) != parameters:
+    if parameters(training) != wanted:
         broken.append("the parameters are not those of an undisturbed run")
     return broken
 
@@ -115,9 +115,10 @@ def golden_run() -> tuple[bytes, bytes]:
     training = Training()
     with tempfile.TemporaryDirectory() as directory:
         training.train(Path(directory) / "run")
-        return (Path(directory) / "run/metrics.jsonl").read_bytes(), _parameters(training)
+        return (Path(directory) / "run/metrics.jsonl").read_bytes(), parameters(training)
 
 
-def _parameters(training: Training) -> bytes:
+def parameters(training: Training) -> bytes:
+    """Bytes of a training's parameters and moments."""
     tensors = [*training.model.parameters(), *(s["momentum_buffer"] for s in training.optimizer.state.values())]
     return b"".join(tensor.detach().numpy().tobytes() for tensor in tensors)

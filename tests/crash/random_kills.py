@@ -1,5 +1,7 @@
 """L9: trainers killed at random moments, over and over in one run directory, while a worker of theirs lives on.
 
+Races and clocks that jump are in races.py, and counted here too.
+
 Nothing watches or slows them down: here are the moments between two threads that no tracer meets, and kills in the
 middle of a recovery. The next start must take the run at once, though the worker still has all that it inherited.
 """
@@ -19,9 +21,11 @@ import oracle
 from faults import in_parallel, make_ready
 from lab import Count
 from oracle import order
+from races import Clocks, Races
 from scenarios import Scenario, Values, manager_of, name_of, save
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from pathlib import Path
 
     from lab import Lab
@@ -34,12 +38,20 @@ _ADOPT_ORPHANS = 36  # prctl(2): PR_SET_CHILD_SUBREAPER
 
 
 def run(lab: Lab) -> Count:
-    """Some kills of one run in the short form; ten thousand, in two runs, in the long."""
+    """Some kills, races and jumping clocks in the short form; ten thousand kills and a thousand races in the long."""
     if not sys.platform.startswith("linux"):
         return Count(skipped="orphans can be adopted on Linux only")
     make_ready()
     kills = (_LONG_KILLS if lab.long else _SHORT_KILLS) // _NUM_RUNS
-    return in_parallel(_Kills(kills, lab.seed), [lab.scratch / f"run-{number}" for number in range(_NUM_RUNS)])
+    rounds, trainings = (500, 100) if lab.long else (6, 2)
+    kinds = (_Kills(kills, lab.seed), Races(rounds, lab.seed), Clocks(trainings, lab.seed))
+    work = [(kind, lab.scratch / f"{type(kind).__name__}-{number}") for kind in kinds for number in range(_NUM_RUNS)]
+    return in_parallel(_carry_out, work)
+
+
+def _carry_out(work: tuple[Callable[[Path], Count], Path]) -> Count:
+    kind, directory = work
+    return kind(directory)
 
 
 class _Kills:

@@ -6,22 +6,31 @@ Each is put in by replacing a function of the package in this process, and taken
 from __future__ import annotations
 
 import contextlib
+import errno
+import importlib
 import os
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 from unittest.mock import patch
 
+from resumable_trainer.durable import digest
 from resumable_trainer.durable import journal as journal_module
+from resumable_trainer.durable import lock as lock_module
 from resumable_trainer.durable.files import Files, NewFile
 from resumable_trainer.durable.lock import RunLock
+from resumable_trainer.errors import DamagedSnapshotError
 from resumable_trainer.loop.record import Record
 from resumable_trainer.manager import StateManager
-from resumable_trainer.snapshot import store, verify
+from resumable_trainer.snapshot import raw, store, tree, verify
 from resumable_trainer.snapshot.committer import Committer
+from resumable_trainer.snapshot.raw import RawTensorFile, TensorInfo
 from resumable_trainer.snapshot.store import Store
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
     from pathlib import Path
+
+    from resumable_trainer.snapshot.manifest import FileEntry
 
 _sync, _sync_directory, _exit = Files.sync, Files.sync_directory, NewFile.__exit__
 
@@ -179,6 +188,58 @@ def _lock_inherited(self: RunLock) -> None:
 _take = RunLock._take
 
 
+def _links_followed(path: Path) -> int:
+    return os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+
+
+def _links_verified(path: Path, name: str, entry: FileEntry) -> None:
+    if digest.digest_file(path / name).digest != entry.digest:
+        raise DamagedSnapshotError(f"{name} has another digest", path=path)
+
+
+def _offsets_believed(self: RawTensorFile, fields: Any, data_bytes: int) -> dict[str, TensorInfo]:
+    """As a reader does that takes the header at its word."""
+    return {
+        name: TensorInfo(entry["dtype"], tuple(entry["shape"]), *entry["data_offsets"])
+        for name, entry in fields.items()
+        if name != "__metadata__"
+    }
+
+
+def _enums_imported(reader: Any, encoded: list[str]) -> Any:
+    found: Any = importlib.import_module(encoded[0])
+    for part in encoded[1].split("."):
+        found = getattr(found, part)
+    return found[encoded[2]]
+
+
+def _full_disk_is_no_error(self: Files, fd: int, data: Any) -> int:
+    """Called written what the disk had no room for."""
+    try:
+        return _write(self, fd, data)
+    except OSError as error:
+        if error.errno != errno.ENOSPC:
+            raise
+        return memoryview(data).nbytes
+
+
+_write = Files.write
+
+
+def _never_locked(self: RunLock) -> None:
+    """As if every start found the run free."""
+
+
+def _generation_by_the_clock(self: RunLock, **settings: Any) -> Any:
+    """Launches numbered by the time of day, which may go back."""
+    owner = _acquire(self, **settings)
+    self._write_record(replace(owner, generation=int(lock_module.datetime.datetime.now().timestamp())))
+    return self._owner
+
+
+_acquire = RunLock.acquire
+
+
 SEEDED: dict[str, tuple[tuple[object, str, Any], ...]] = {
     "data files not synced": ((Files, "sync", _data_not_synced),),
     "manifest not synced": ((Files, "sync", _manifest_not_synced),),
@@ -201,6 +262,66 @@ SEEDED: dict[str, tuple[tuple[object, str, Any], ...]] = {
     "going back deletes": ((Store, "set_aside", _set_aside_deletes),),
     "lock inherited by workers": ((RunLock, "_take", _lock_inherited),),
     "newest by name, not by digest": ((Store, "newest_valid", _first_found),),
+    "a full disk is no error": ((Files, "write", _full_disk_is_no_error),),
+    "links followed": (
+        (digest, "open_regular", _links_followed),
+        (raw, "open_regular", _links_followed),
+        (verify, "_verify_file", _links_verified),
+    ),
+    "offsets believed": ((RawTensorFile, "_parse", _offsets_believed),),
+    "enums imported": ((tree._DECODERS, "$enum", _enums_imported),),
+    "lock taken by everybody": ((RunLock, "_lock_unless_held", _never_locked),),
+    "generation by the clock": ((RunLock, "acquire", _generation_by_the_clock),),
+}
+
+
+# Which layers are expected to catch each; `crash_lab --seeded` tries these, `--seeded --long` tries all.
+EXPECTED: dict[str, tuple[str, ...]] = {
+    "data files not synced": ("L3", "L4", "L5"),
+    "manifest not synced": ("L3", "L4"),
+    "journal not synced before the manifest": ("L3",),
+    "new directory not synced": ("L3",),
+    "parent directory not synced": ("L3", "L4"),
+    "run directory's own name not synced": ("L3",),
+    "sync before flush": ("L3",),
+    "acknowledged before the parent is synced": ("L3", "L4"),
+    "retention before durable": ("L1", "L2", "L6"),
+    "failed sync tried again": ("L2",),
+    "no digest check": ("L7", "L8"),
+    "written in place": ("L1", "L9"),
+    "journal not rewound": ("L1",),
+    "generators restored too early": ("L1",),
+    "torn tail of a journal kept": ("L1", "L7"),
+    "quarantine deletes": ("L1",),
+    "going back deletes": ("L1",),
+    "lock inherited by workers": ("L9",),
+    "newest by name, not by digest": ("L7", "L1"),
+    "a full disk is no error": ("L6", "L2"),
+    "links followed": ("L8",),
+    "offsets believed": ("L8",),
+    "enums imported": ("L8",),
+    "lock taken by everybody": ("L9",),
+    "generation by the clock": ("L9",),
+}
+# Scenarios in which a fault can show, where others would only take time.
+SCENARIOS_OF: dict[str, tuple[str, ...]] = {
+    "journal not synced before the manifest": ("a run's beginning", "journal rewind"),
+    "run directory's own name not synced": ("first snapshot", "a run's beginning"),
+    "journal not rewound": ("journal rewind",),
+    "generators restored too early": ("journal rewind",),
+    "torn tail of a journal kept": ("journal rewind",),
+    "quarantine deletes": ("quarantine",),
+    "going back deletes": ("going back",),
+    **dict.fromkeys(
+        ("data files not synced", "manifest not synced", "new directory not synced", "parent directory not synced"),
+        ("first snapshot", "n-th snapshot", "in the background", "retention"),
+    ),
+    **dict.fromkeys(
+        ("sync before flush", "acknowledged before the parent is synced", "failed sync tried again"),
+        ("first snapshot", "n-th snapshot", "several, synchronous"),
+    ),
+    "retention before durable": ("n-th snapshot", "retention"),
+    "written in place": ("n-th snapshot", "several, synchronous"),
 }
 
 
@@ -209,5 +330,6 @@ def seeded(name: str) -> Iterator[None]:
     """Work with the fault of that name."""
     with contextlib.ExitStack() as stack:
         for owner, attribute, fault in SEEDED[name]:
-            stack.enter_context(patch.object(owner, attribute, fault))
+            in_place = patch.dict(owner, {attribute: fault}) if isinstance(owner, dict) else None
+            stack.enter_context(in_place or patch.object(owner, attribute, fault))
         yield

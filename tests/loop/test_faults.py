@@ -16,6 +16,7 @@ from small import Killed, Small, killed_at
 
 from resumable_trainer import Run, SettingsError, SnapshotPolicy, SnapshotWriteError
 from resumable_trainer.durable.files import Files
+from resumable_trainer.loop import launch
 from resumable_trainer.loop.notices import notices
 from resumable_trainer.snapshot.store import Store
 
@@ -150,7 +151,11 @@ def test_the_script_s_own_error_is_not_hidden_by_the_disk_s(tmp_path: Path, disk
         Small(at_step=both).train(tmp_path / "run", snapshots=BEHIND)
 
 
-def test_a_run_directory_that_vanishes_is_not_made_again_and_training_goes_on(tmp_path: Path) -> None:
+def test_a_run_directory_that_vanishes_is_not_made_again_and_training_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(launch.process, "exit_recorded", False)  # put back as it was afterwards
+
     def vanish(run: Run) -> None:
         if run.step == 5:
             shutil.rmtree(tmp_path / "run")
@@ -160,6 +165,8 @@ def test_a_run_directory_that_vanishes_is_not_made_again_and_training_goes_on(tm
         small.train(tmp_path / "run", snapshots=AT_ONCE)
     assert len(small.seen) == 3 * STEPS_PER_EPOCH
     assert not (tmp_path / "run").exists()
+    launch.process.record_exit(0)
+    assert not (tmp_path / "run").exists(), "not when the process ends either"
 
 
 def test_a_run_directory_that_comes_back_is_saved_to_again(tmp_path: Path, whole: dict[str, bytes]) -> None:

@@ -190,7 +190,7 @@ def test_a_manifest_with_a_right_digest_and_wrong_fields_is_damage(store: Store,
 def test_a_manifest_larger_than_any_that_is_written_is_not_read_whole(store: Store) -> None:
     path = store.path(save(store, 1)) / "manifest.json"
     with path.open("r+b") as file:
-        file.truncate(1 << 40)  # sparse
+        file.truncate(manifests.MAX_BYTES + 1)
     with pytest.raises(DamagedSnapshotError, match=f"at most {manifests.MAX_BYTES} are read"):
         store.verify("step-000000001")
 
@@ -254,7 +254,7 @@ FLAT = {"$tensor": ["part", "w"]}
         ({"$tuple": [1], "more": 2}, "holds '\\$tuple', which this version does not know"),
         ({"$npdtype": "O"}, "holds an array of dtype 'O'"),
         ({"$npscalar": ["i4,i4", "AAAAAAAAAAA="]}, "holds an array of dtype"),
-        ({**FLAT, "stride": [2]}, "which leaves gaps"),
+        ({**FLAT, "stride": [2]}, "gives stride \\[2\\] for shape"),
         ({"$tensor": ["other", "w"]}, "speaks of 'other.safetensors', the manifest does not"),
         ({"$tensor": ["part", "v"]}, "holds no tensor 'v'"),
         ({"$tensor": "part"}, "does not describe a state"),

@@ -12,14 +12,15 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import torch
 
-from resumable_trainer import RunHeldError, SnapshotWriteError, StateManager
+from resumable_trainer import DamagedSnapshotError, RunHeldError, SnapshotWriteError, StateManager
 from resumable_trainer.durable import filesystem
+from resumable_trainer.durable.digest import digest_bytes
 from resumable_trainer.durable.files import Files
 from resumable_trainer.manager import Facts
 from resumable_trainer.snapshot import committer
 from resumable_trainer.snapshot.layout import Position
-from resumable_trainer.snapshot.manifest import Best
-from resumable_trainer.snapshot.retention import to_delete
+from resumable_trainer.snapshot.manifest import Best, from_bytes
+from resumable_trainer.snapshot.retention import kept_of, to_delete
 from resumable_trainer.snapshot.store import Store
 
 if TYPE_CHECKING:
@@ -366,21 +367,24 @@ def test_retention_neither_counts_nor_deletes_what_it_cannot_read(tmp_path: Path
     assert names(tmp_path / "run") == ["step-000000002", "step-000000003", "step-000000004"]
 
 
-def test_a_word_that_is_no_number_does_not_stop_retention(tmp_path: Path) -> None:
-    """A manifest may say more than this version knows what to do with."""
+def test_a_word_among_the_metrics_that_is_no_number_is_damage(tmp_path: Path) -> None:
+    """Nothing here writes one, and what retention keeps hangs on them."""
     manager, _ = make(tmp_path / "run")
     with manager:
         save(manager, 1)
         manifest = manager.store.verify("step-000000001")
     said = manifest.model_copy(
         update={
-            "metrics": {"a": "high", "b": "-Infinity", "c": 1},
-            "best": Best(metric="a", value=1.0, epoch=0, step=1),
+            "metrics": {"b": "-Infinity", "c": 1},
+            "best": Best(metric="b", value=1.0, epoch=0, step=1),
             "epoch_complete": True,
         }
     )
-    assert said.metric_values == {"b": -math.inf, "c": 1}
-    assert committer.kept_of(said).value is None
+    assert from_bytes(said.to_bytes()).metric_values == {"b": -math.inf, "c": 1}
+    assert kept_of(said).value == -math.inf
+    body = said.to_bytes().partition(b',\n  "digest": "')[0].replace(b'"-Infinity"', b'"high"')
+    with pytest.raises(DamagedSnapshotError, match="does not describe a snapshot"):
+        from_bytes(body + b',\n  "digest": "%s"\n}\n' % digest_bytes(body).encode())
 
 
 def test_rows_are_durable_before_the_manifest_that_counts_them_is_written(tmp_path: Path) -> None:

@@ -21,7 +21,7 @@ from resumable_trainer.snapshot import manifest as manifests
 from resumable_trainer.snapshot import tensors as tensors_module
 from resumable_trainer.snapshot import tree as tree_module
 from resumable_trainer.snapshot.layout import Position, parse_name, snapshot_name
-from resumable_trainer.snapshot.manifest import Manifest, PositionFields
+from resumable_trainer.snapshot.manifest import Best, Manifest, PositionFields
 from resumable_trainer.snapshot.reader import Reader
 from resumable_trainer.snapshot.retention import Kept, to_delete
 from resumable_trainer.snapshot.store import Store
@@ -229,6 +229,14 @@ def test_every_single_bit_flip_of_a_manifest_is_found(tmp_path: Path) -> None:
             damaged[place] ^= 1 << bit
             with pytest.raises(DamagedSnapshotError):
                 manifests.from_bytes(bytes(damaged))
+
+
+@pytest.mark.parametrize("value", [float("inf"), float("-inf"), 0.25])
+def test_a_best_value_that_is_infinite_is_read_again(tmp_path: Path, value: float) -> None:
+    store = Store(tmp_path / "run")
+    manifest = store.manifest(save(store, 1))
+    best = Best(metric="loss", value=value, epoch=0, step=1)
+    assert manifests.from_bytes(manifest.model_copy(update={"best": best}).to_bytes()).best == best
 
 
 def test_a_newer_format_is_said_and_never_quarantined(tmp_path: Path) -> None:
