@@ -30,7 +30,7 @@ def run_id(directory: Path) -> str:
     return str(json.loads((directory / "run.json").read_bytes())["run_id"])
 
 
-@pytest.mark.parametrize("content", [b"", b"{", b"{}", b"[]", b"null", b"\xff", b"[" * 100_000])
+@pytest.mark.parametrize("content", [b"", b"{", b"{}", b"[]", b"null", b'{"run_id":3}', b"\xff", b"[" * 100_000])
 def test_an_identity_that_cannot_be_read_is_said_and_changes_nothing(tmp_path: Path, content: bytes) -> None:
     directory = tmp_path / "run"
     Small().train(directory, epochs=1)

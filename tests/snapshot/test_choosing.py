@@ -11,7 +11,7 @@ import torch
 
 from resumable_trainer.durable.digest import digest_bytes
 from resumable_trainer.durable.files import Files
-from resumable_trainer.errors import DamagedSnapshotError, NotFoundError
+from resumable_trainer.errors import DamagedSnapshotError, NotFoundError, ResumableTrainerError
 from resumable_trainer.snapshot import manifest as manifests
 from resumable_trainer.snapshot import strict_json, values
 from resumable_trainer.snapshot.layout import Position, snapshot_name
@@ -265,12 +265,31 @@ FLAT = {"$tensor": ["part", "w"]}
         ({"$float": "nan:00"}, "does not describe a state"),
         ({"$npscalar": ["<f4", ""]}, "does not describe a state"),
         ({"$timedelta": [10**12, 0, 0]}, "does not describe a state"),
+        ({"$size": [2, -1]}, "holds a size that no tensor has"),
+        ({**FLAT, "dtype": "float64"}, "gives tensor 'w' of 'part' another dtype"),
     ],
 )
 def test_values_that_describe_no_state_are_damage(store: Store, value: Any, reason: str) -> None:
     data = json.dumps({"part": [value]}).encode()
     with pytest.raises(DamagedSnapshotError, match=reason):
         sections(store, lambda directory: (directory / "state.json").write_bytes(data))
+
+
+def test_a_part_that_is_not_there_is_damage_and_what_does_not_fit_into_memory_is_none(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    manifest = store.verify(save(store, 1))
+    found = Reader(store.path(manifest.name), manifest)
+    with pytest.raises(DamagedSnapshotError, match="holds no section 'other'"):
+        found.section_on_cpu("other")
+
+    def no_room(self: TensorFile, name: str) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr(TensorFile, "read", no_room)
+    with pytest.raises(ResumableTrainerError, match="does not fit into memory") as caught:
+        found.sections()
+    assert not isinstance(caught.value, DamagedSnapshotError), "nothing may quarantine it"
 
 
 def test_a_tensor_file_that_is_none_is_refused_before_it_is_believed(tmp_path: Path) -> None:
