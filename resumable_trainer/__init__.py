@@ -11,6 +11,7 @@ The house, floor by floor; a room imports only from floors below it (a test read
     floor 3  manager      StateManager: state/ and snapshot/ meet here, and nowhere else
     floor 4  loop/        Run: epochs, batches, notices, progress, drift
     floor 5  trainer/     Trainer, written with Run alone
+             proof/       a job killed on purpose, or replayed, and compared: doctor, verify --replay
              report/      read-only views of a run
     floor 6  cli/         one file per command
 
