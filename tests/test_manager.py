@@ -26,7 +26,9 @@ from resumable_trainer.durable.files import Files
 from resumable_trainer.durable.lock import RunLock
 from resumable_trainer.loop import launch
 from resumable_trainer.manager import Facts
+from resumable_trainer.report.summary import entries
 from resumable_trainer.snapshot.layout import Position
+from resumable_trainer.snapshot.store import Store
 from resumable_trainer.snapshot.tree import Flat
 from resumable_trainer.state.compare import differences
 
@@ -89,6 +91,18 @@ def captured(state: dict[str, Any]) -> dict[str, Any]:
     import copy
 
     return {name: copy.deepcopy(part.state_dict()) for name, part in state.items()}
+
+
+def test_a_snapshot_deleted_by_the_holder_meanwhile_does_not_hide_that_the_run_is_held(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with StateManager(tmp_path / "run", state={"model": torch.nn.Linear(1, 1)}) as holder:
+        holder.snapshot(epoch=0, batch=1, step=1, background=False)
+        listed = [*holder.store.names(), "step-000000002"]
+        monkeypatch.setattr(Store, "names", lambda self: listed)
+        with pytest.raises(RunHeldError):
+            StateManager(tmp_path / "run", state={"model": torch.nn.Linear(1, 1)}).open()
+        assert [entry.name for entry in entries(tmp_path / "run")] == ["step-000000001"]
 
 
 def test_a_snapshot_written_while_training_goes_on_holds_the_step_it_says(tmp_path: Path) -> None:

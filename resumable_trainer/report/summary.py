@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -149,6 +150,8 @@ def entries(directory: Path, *, verify: bool = True) -> list[Entry]:
         try:
             manifest = store.verify(name) if verify else store.manifest(name)
         except DamagedSnapshotError as error:
+            if not os.path.lexists(store.path(name)):
+                continue  # whoever holds the run has deleted it meanwhile
             reason = error.message
             manifest = _manifest_or_none(store, name)
         found.append(Entry(name, store.path(name), manifest, reason))

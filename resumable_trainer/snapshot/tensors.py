@@ -17,7 +17,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from resumable_trainer.snapshot.raw import RawTensorFile
+from resumable_trainer.errors import UnsafeValueError
+from resumable_trainer.snapshot.raw import MAX_HEADER_BYTES, MAX_TENSORS, RawTensorFile
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -73,6 +74,9 @@ def write_tensors(file: NewFile, tensors: Mapping[str, torch.Tensor]) -> None:
     Args:
         file: Where to.
         tensors: CPU tensors of any shape, 0-dim and empty ones included.
+
+    Raises:
+        UnsafeValueError: More than is ever read back.
     """
     header = _header(tensors)
     file.write(struct.pack("<Q", len(header)) + header)
@@ -89,6 +93,14 @@ def _header(tensors: Mapping[str, torch.Tensor]) -> bytes:
         shape = list(tensor.shape)
         fields[name] = {"dtype": _CODES[tensor.dtype], "shape": shape, "data_offsets": [begin, end]}
     text = json.dumps(fields, separators=(",", ":"), ensure_ascii=False).encode()
+    if len(tensors) > MAX_TENSORS or len(text) > MAX_HEADER_BYTES - _ALIGNMENT:
+        raise UnsafeValueError(
+            f"a part of the state has {len(tensors):,} tensors, whose names and shapes take {len(text):,} bytes;"
+            f" at most {MAX_TENSORS:,} in {MAX_HEADER_BYTES:,} are read back",
+            found=len(tensors),
+            expected=MAX_TENSORS,
+            hint="hand it over as several parts",
+        )
     return text.ljust(-(-len(text) // _ALIGNMENT) * _ALIGNMENT)
 
 

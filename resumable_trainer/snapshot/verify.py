@@ -41,7 +41,11 @@ def read_manifest(path: Path) -> Manifest:
     Raises:
         DamagedSnapshotError: It is missing or not what was written.
     """
-    if not stat.S_ISDIR(os.lstat(path).st_mode):
+    try:
+        mode = os.lstat(path).st_mode
+    except FileNotFoundError:  # it was listed, and whoever holds the run has deleted it since
+        raise _damaged(path, "it is gone") from None
+    if not stat.S_ISDIR(mode):
         raise _damaged(path, "it is not a directory")
     try:
         with reading(path / MANIFEST) as file:

@@ -6,9 +6,11 @@ import json
 from typing import TYPE_CHECKING
 
 from resumable_trainer.durable.files import Files, NewFile, write_new_file
+from resumable_trainer.errors import UnsafeValueError
 from resumable_trainer.snapshot.layout import STATE, TENSORS_SUFFIX
 from resumable_trainer.snapshot.manifest import FileEntry
 from resumable_trainer.snapshot.tensors import write_tensors
+from resumable_trainer.snapshot.values import MAX_STATE_BYTES
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -23,8 +25,20 @@ _MANIFEST_BYTES = 65536
 
 
 def encode_values(flat: Flat) -> bytes:
-    """The bytes of `state.json`."""
-    return json.dumps(flat.values, separators=(",", ":"), allow_nan=False).encode()
+    """The bytes of `state.json`.
+
+    Raises:
+        UnsafeValueError: More than is ever read back.
+    """
+    values = json.dumps(flat.values, separators=(",", ":"), allow_nan=False).encode()
+    if len(values) > MAX_STATE_BYTES:
+        raise UnsafeValueError(
+            f"the state's plain values take {len(values):,} bytes, at most {MAX_STATE_BYTES:,} are read back",
+            found=len(values),
+            expected=MAX_STATE_BYTES,
+            hint="keep large lists of numbers in tensors or arrays",
+        )
+    return values
 
 
 def size(flat: Flat, values: bytes) -> tuple[int, int]:

@@ -17,6 +17,8 @@ from faults import make_ready
 from lab import LAYERS, Count, Lab, run_layer, scratch_directory
 from seeded import EXPECTED, SCENARIOS_OF, SEEDED, seeded
 
+from resumable_trainer.errors import ResumableTrainerError
+
 _SHOWN = 20
 
 
@@ -73,6 +75,14 @@ def _in_scratch(name: str, lab: Lab) -> Count:
         )
 
 
+def _under_fault(name: str, lab: Lab) -> Count:
+    """A layer that cannot even be made ready over the fault has found it."""
+    try:
+        return _in_scratch(name, lab)
+    except ResumableTrainerError as error:
+        return Count(tried=1, violations=[f"{type(error).__name__}: {error}"])
+
+
 def _run_seeded(names: list[str], seed: int, *, full: bool) -> int:
     """Every deliberate fault must be caught by a layer, and every layer that can be run here must catch one.
 
@@ -86,8 +96,9 @@ def _run_seeded(names: list[str], seed: int, *, full: bool) -> int:
         for name in names:
             if not full and name not in EXPECTED[fault]:
                 continue
+            lab = Lab(long=False, seed=seed, scratch=Path(), scenarios=SCENARIOS_OF.get(fault))
             with seeded(fault):
-                count = _in_scratch(name, Lab(long=False, seed=seed, scratch=Path(), scenarios=SCENARIOS_OF.get(fault)))
+                count = _under_fault(name, lab)
             found[name] = len(count.violations)
             catches[name] += bool(count.violations)
             skipped |= {name} if count.skipped is not None else set()

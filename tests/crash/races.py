@@ -27,7 +27,7 @@ from scenarios import Scenario, Training, Values, manager_of, name_of, save
 
 from resumable_trainer import manager as manager_module
 from resumable_trainer.durable import lock as lock_module
-from resumable_trainer.errors import RunHeldError
+from resumable_trainer.errors import ResumableTrainerError, RunHeldError
 from resumable_trainer.loop import launch, opening
 from resumable_trainer.snapshot.store import Store
 
@@ -149,7 +149,10 @@ def _contradictions(lines: list[str], before: int) -> list[str]:
 
 def _generations(directory: Path) -> list[str]:
     store = Store(directory)
-    found = [store.manifest(name).generation for name in store.names()]
+    try:
+        found = [store.manifest(name).generation for name in store.names()]
+    except ResumableTrainerError as error:
+        return [f"a snapshot cannot be read: {error}"]
     return [] if found == sorted(found) else [f"generations of the snapshots: {found}"]
 
 

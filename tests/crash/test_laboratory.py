@@ -11,10 +11,10 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 import ptrace
 from crash_states import judge
-from faults import Bench, benches
+from faults import Bench, benches, make_ready
 from lab import HOSTILE, LAYERS, Count, Lab, run_layer, scratch_directory
 from model import Model, UnmodelledCallError
-from seeded import seeded
+from seeded import EXPECTED, SCENARIOS_OF, SEEDED, seeded
 
 REASON = ptrace.why_not()
 pytestmark = [pytest.mark.skipif(REASON is not None, reason=str(REASON)), pytest.mark.timeout(900)]
@@ -82,3 +82,19 @@ def test_a_disk_that_is_full_is_met_by_the_look_and_in_a_write() -> None:
         pytest.skip(count.skipped)
     endings = {kind.partition(": ")[2] for kind in count.detail}
     assert endings == {"refused by the look", "failed in a write", "fitted"}
+
+
+def test_every_deliberate_fault_has_a_layer_and_every_layer_a_fault() -> None:
+    assert EXPECTED.keys() == SEEDED.keys()
+    assert SCENARIOS_OF.keys() <= SEEDED.keys()
+    assert {layer for layers in EXPECTED.values() for layer in layers} == set(LAYERS)
+
+
+@pytest.mark.parametrize(("fault", "layer"), [("a full disk is no error", "L6"), ("lock taken by everybody", "L9")])
+def test_a_layer_catches(fault: str, layer: str) -> None:
+    make_ready()
+    with scratch_directory() as scratch, seeded(fault):
+        count = run_layer(layer, Lab(long=False, seed=SEED, scratch=scratch))
+    if count.skipped is not None:
+        pytest.skip(count.skipped)
+    assert count.violations

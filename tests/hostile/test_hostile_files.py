@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import os
+import random
 import subprocess
 from typing import TYPE_CHECKING
 
 import hostile_files
 import pytest
 from hostile_files import Watch, all_cases, in_child
-from lab import Count, scratch_directory
+from lab import Count, Lab, scratch_directory
 
 from resumable_trainer.snapshot import tree, verify
 
@@ -57,6 +58,12 @@ def numbers_of(*names: str) -> list[int]:
 def test_there_are_hundreds_of_them_and_no_two_are_the_same() -> None:
     names = [(case.group, case.name) for case in all_cases()]
     assert len(set(names)) == len(names) >= 800
+
+
+def test_none_of_a_drawn_sample_does_harm(scratch: Path) -> None:
+    count = hostile_files.run(Lab(long=False, seed=random.randrange(2**32), scratch=scratch))
+    assert count.violations == []
+    assert count.tried > 100
 
 
 def test_those_that_did_harm_once_do_none(scratch: Path) -> None:

@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 from resumable_trainer.durable.files import Files, NewFile
 from resumable_trainer.errors import DamagedSnapshotError, NoValidSnapshotError, SettingsError, UnsafeValueError
 from resumable_trainer.snapshot import manifest as manifests
+from resumable_trainer.snapshot import tensors, writer
 from resumable_trainer.snapshot import tensors as tensors_module
 from resumable_trainer.snapshot import tree as tree_module
 from resumable_trainer.snapshot.layout import Position, parse_name, snapshot_name
@@ -178,6 +179,16 @@ def test_tied_tensors_are_stored_once_also_across_sections() -> None:
     assert {section: list(named) for section, named in flat.tensors.items()} == {"a": ["x"], "b": ["1"]}
     back = unflatten(flat.values, lambda section, name: flat.tensors[section][name].clone())
     assert back["a"]["x"] is back["a"]["y"] is back["b"][0]
+
+
+def test_what_would_not_be_read_back_is_not_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    flat = flatten({"part": {str(number): torch.tensor(number) for number in range(4)}})
+    monkeypatch.setattr(writer, "MAX_STATE_BYTES", 10)
+    with pytest.raises(UnsafeValueError, match="at most 10 are read back"):
+        encode_values(flat)
+    monkeypatch.setattr(tensors, "MAX_TENSORS", 3)
+    with pytest.raises(UnsafeValueError, match="has 4 tensors"), NewFile(tmp_path / "file", files=Files()) as file:
+        write_tensors(file, flat.tensors["part"])
 
 
 def test_names_never_collide() -> None:
