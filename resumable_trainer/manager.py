@@ -163,6 +163,7 @@ class StateManager:
         self._command = command
         self._events: Journal | None = None
         self._in_flight: PendingSnapshot | None = None
+        self._arena = staging.Arena()
         self._watch: modes.StepWatch | None = None
 
     # -- life -------------------------------------------------------------------------------------
@@ -285,8 +286,15 @@ class StateManager:
         return flatten(trees)
 
     def stage(self, captured: Flat) -> Flat:
-        """A copy of a captured state that later training cannot change; blocks for one memory copy."""
-        return Flat(values=captured.values, tensors=staging.stage(captured.tensors))
+        """A copy of a captured state that later training cannot change; blocks for one memory copy.
+
+        It lies in memory that is used again: good until the next call, which first waits for the snapshot in flight.
+
+        Raises:
+            SnapshotWriteError: The snapshot in flight could not be made durable.
+        """
+        self.wait()
+        return Flat(values=captured.values, tensors=self._arena.stage(captured.tensors))
 
     def write(
         self,

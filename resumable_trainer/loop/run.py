@@ -636,6 +636,7 @@ class Run:
         self._record.load_state_dict(report.sections["loop"]["record"])
 
     def _save(self, *, epoch_complete: bool) -> None:
+        self._saver.settle()  # the memory that is staged into is the snapshot's before
         staged = self._manager.stage(self._capture(epoch_complete=epoch_complete))
         facts = self._snapshot_facts(epoch_complete=epoch_complete)
         if self.outcome is not None:

@@ -110,13 +110,15 @@ class Saver:
         """
         self.settle()
         if self._owed is not None:
-            self.save_now(*self._owed)
-            self._note_end(self._owed[1])
+            staged, facts = self._owed
+            self.save_now(staged, facts)
+            self._note_end(facts)
         elif self._failed is not None:
             raise self._failed
 
     def _write(self, staged: Flat, facts: Facts, *, background: bool) -> None:
         self.settle()
+        self._owed = None  # a newer state takes its place
         self._last_at = self._clock()  # also if it fails: the next attempt is the next trigger's
         self._manager.write(staged, facts, background=background, before_commit=self._before_commit)
         self._failed = None

@@ -6,12 +6,12 @@ before anything is parsed, so that a single flipped bit anywhere in the file is 
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic_core import to_json
 
 from resumable_trainer.durable.digest import digest_bytes
 from resumable_trainer.errors import DamagedSnapshotError, SettingsError
@@ -103,7 +103,7 @@ class Manifest(_Record):
     def to_bytes(self) -> bytes:
         """The file's content, ending in the digest of what stands before."""
         fields = self.model_dump(mode="json")
-        body = json.dumps(_plain(fields), indent=2, ensure_ascii=False, allow_nan=False).encode()
+        body = to_json(_plain(fields), indent=2)
         body = body.removesuffix(b"\n}")
         return body + b',\n  "digest": "%s"\n}\n' % digest_bytes(body).encode()
 
