@@ -569,3 +569,22 @@ def test_the_event_of_a_commit_tells_the_bytes_that_were_written(tmp_path: Path)
     event = launch.last_events(tmp_path / "run", ("committed",))["committed"]
     written = [path for path in (tmp_path / "run/snapshots/step-000000001").iterdir() if path.name != "manifest.json"]
     assert event["bytes"] == sum(path.stat().st_size for path in written)
+
+
+def test_memory_that_is_staged_into_is_used_again_and_only_when_the_snapshot_in_it_is_durable(tmp_path: Path) -> None:
+    files, layer = HeldBack(), nn.Linear(30, 30)
+    nn.init.zeros_(layer.weight)
+    with StateManager(tmp_path / "run", state={"layer": layer}, files=files) as manager:
+        manager.snapshot(epoch=0, batch=1, step=1)
+        nn.init.ones_(layer.weight)
+        staged: list[Flat] = []
+        thread = threading.Thread(target=lambda: staged.append(manager.stage(manager.capture())))
+        thread.start()
+        thread.join(0.2)
+        assert not staged, "the snapshot in flight still lies there"
+        files.let_go.set()
+        thread.join(30)
+        address = staged[0].tensors["layer"]["weight"].data_ptr()
+        assert manager.stage(manager.capture()).tensors["layer"]["weight"].data_ptr() == address
+        manager.restore("1")
+        assert not layer.weight.any()

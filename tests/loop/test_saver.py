@@ -126,3 +126,13 @@ def test_only_what_is_saved_before_leaving_is_an_error_at_once(scene: Scene, how
         if how == "save_last":
             scene.saver.close()
             assert scene.manager.latest == "step-000000001", "what is owed is made good"
+
+
+def test_an_end_that_is_owed_is_not_written_after_a_newer_state(scene: Scene) -> None:
+    """A run goes on after its end where the script asks for more epochs."""
+    scene.disk.is_full = True
+    scene.save(1, "save_last")
+    scene.disk.is_full = False
+    scene.save(2)
+    scene.saver.close()
+    assert scene.manager.store.names() == ["step-000000002"]
