@@ -263,7 +263,7 @@ def _source(name: str, evidence: Evidence) -> Cause:
 
 def _unseeded_global(evidence: Evidence) -> Cause:
     names = tuple(evidence.undisturbed.facts.get("drawn", ())) or ("a global generator",)
-    seeds = {"Python": "random.seed(0)", "NumPy": "numpy.random.seed(0)"}
+    seeds = {"Python": "random.seed(0)", "NumPy": "numpy.random.seed(0)", "torch": "torch.manual_seed(0)"}
     advice = "seed it at the top of the script (" + ", ".join(seeds.get(n, "seed(0)") for n in names) + ")"
     text = (
         f"the script draws from the global generator of {' and '.join(names)} before the run is opened, and nothing"

@@ -6,7 +6,7 @@ frozen one would stop what waits with a deadline. Sources, by name:
 
 - `clock`: `time` and `datetime` as the user's code reads them.
 - `entropy`: what seeds a generator that nobody seeds (`os.urandom` and all that goes through it).
-- `globals`: Python's and NumPy's global generators, which nothing seeds before the run is opened.
+- `globals`: Python's, NumPy's and torch's global generators, which nothing seeds before the run is opened.
 - `listing`: the order in which a directory's entries are listed.
 - `kernels`: torch's deterministic algorithms, one thread.
 - `hash`: the order of sets of texts (PYTHONHASHSEED; set by whoever starts the process).
@@ -60,12 +60,15 @@ class Surroundings:
         self.started = time.monotonic()
         self._steady, self._perturb, self._tell = steady, perturb, tell
         self._python_at_start: object = None
+        self._torch_at_start: Any = None
         self._looks = 0
         self._drawn = {True: 0, False: 0}  # by whether it was the main thread
         self._told: set[tuple[str, str]] = set()
 
     def install(self) -> None:
-        """Before the user's script is loaded, and with it torch and NumPy."""
+        """Before the user's script is loaded."""
+        import torch
+
         self._install_clock()
         self._install_listing()
         self._install_entropy()
@@ -76,14 +79,21 @@ class Surroundings:
 
             random.seed(0)
             np.random.seed(0)
+            torch.manual_seed(0)
         self._python_at_start = random.getstate()
+        self._torch_at_start = torch.get_rng_state(), torch.initial_seed()
 
     def drawn_from(self) -> list[str]:
         """Global generators that have moved since the process started, with nothing that seeded them."""
+        import torch
+
         moved = ["Python"] if random.getstate() != self._python_at_start else []
         numpy_random = sys.modules.get("numpy.random")
         if numpy_random is not None and numpy_random.get_state(legacy=False)["state"]["pos"] not in _UNTOUCHED:
             moved.append("NumPy")
+        state, seed = self._torch_at_start
+        if torch.initial_seed() == seed and not torch.equal(torch.get_rng_state(), state):
+            moved.append("torch")
         return moved
 
     def torch_is_here(self) -> None:
