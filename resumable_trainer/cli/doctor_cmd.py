@@ -58,7 +58,7 @@ def _to_stderr(line: str) -> None:
 
 def _lines(found: Examination, *, keep: bool) -> list[str]:
     lines = _verdict(found)
-    if found.fresh_starts_differ:
+    if found.fresh_starts_differ and found.is_exact:
         lines.append(
             "note    two fresh starts are not the same (something is drawn before the run is opened, unseeded);"
             " a resume does not mind"

@@ -100,8 +100,6 @@ class Surroundings:
         """What needs torch and NumPy, once the user's script has imported them."""
         import torch
 
-        if "entropy" in self._steady:
-            torch.seed = torch.random.seed = self._torch_seed
         if "kernels" in self._steady:
             torch.use_deterministic_algorithms(True, warn_only=True)
             torch.set_num_threads(1)
@@ -212,6 +210,10 @@ class Surroundings:
                 a = int.from_bytes(self._bytes(8)) if is_steady else None
             seed(generator, a, version)
 
+        if is_steady:
+            import torch
+
+            torch.seed = torch.random.seed = self._torch_seed
         os.urandom = random._urandom = drawn  # type: ignore[attr-defined] # what `secrets` and NumPy draw from
         random.Random.seed = seeded  # type: ignore[method-assign, assignment]
         # The module's own functions are methods that were bound before.
