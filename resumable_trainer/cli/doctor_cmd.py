@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import sys
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
@@ -18,11 +19,13 @@ from resumable_trainer.proof.trials import Settings
 if TYPE_CHECKING:
     import argparse
     from pathlib import Path
+    from types import FrameType
 
     from resumable_trainer.proof.doctor import Costs, Examination
 
 _NOT_EXACT = 1
 _NOTICE_SECONDS = 30.0
+_MAX_NAMES = 4
 _MARGIN = 2.0  # a snapshot beside others' load may take so many times as long
 _KEPT = 5  # snapshots that the default policy keeps at most, the one being written included
 
@@ -31,12 +34,18 @@ def run(args: argparse.Namespace) -> int:
     """Examine, and say what was found; 0 if every resume was exact."""
     command = command_of(args)
     check_target(command)
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, _leave)  # what it has made is removed on the way
     settings = Settings(args.epochs, args.batches, args.timeout, keep=args.keep)
     say = _silent if args.json else _to_stderr
     say(f"doctor  {command}: at most {args.epochs} epochs of {args.batches} batches, in a scratch directory")
     found = examine(command, settings, say)
     print(json.dumps(_as_json(found), indent=2) if args.json else "\n".join(_lines(found, keep=args.keep)))
     return 0 if found.is_exact else _NOT_EXACT
+
+
+def _leave(number: int, frame: FrameType | None) -> None:
+    sys.exit(128 + number)
 
 
 def _silent(line: str) -> None:
@@ -49,10 +58,17 @@ def _to_stderr(line: str) -> None:
 
 def _lines(found: Examination, *, keep: bool) -> list[str]:
     lines = _verdict(found)
-    if found.fresh_starts_differ:
+    if found.fresh_starts_differ and found.is_exact:
         lines.append(
             "note    two fresh starts are not the same (something is drawn before the run is opened, unseeded);"
             " a resume does not mind"
+        )
+    if found.lost:
+        names = ", ".join(f"`{name}`" for name in found.lost[:_MAX_NAMES])
+        more = ", ..." if len(found.lost) > _MAX_NAMES else ""
+        lines.append(
+            f"note    not brought back by a resume: {names}{more}; it made no difference here. If anything hangs on it"
+            " later, hand it over as a part"
         )
     lines += [f"cost    {_cost(found.costs)}", f"room    {_room(found)}", f"disk    {_disk(found.directory)}"]
     lines += [f"warning {line}" for line in filesystem.warnings(found.directory)]
@@ -66,6 +82,13 @@ def _verdict(found: Examination) -> list[str]:
             f"exact   this job resumes to the bit: {len(found.survived)} times killed or told to leave, and the same"
             f" {_compared(found)}"
         ]
+    if found.failure is not None and found.after is not None:
+        return [f"NOT exact: {found.after.words}, and started again, the script fails", *_causes(found)]
+    if found.divergence is None and not found.columns:
+        return [
+            f"NOT exact: the same {_compared(found)} so far, but not everything was brought back",
+            *_causes(found),
+        ]
     if found.divergence is None:
         columns = ", ".join(found.columns)
         return [
@@ -75,9 +98,15 @@ def _verdict(found: Examination) -> list[str]:
     after = found.after.words if found.after is not None else "started again"
     lines = [f"NOT exact: {after}, the run went on otherwise than if it had not been"]
     lines += [f"differs {_where(found)}"]
-    for cause in found.causes:
-        lines += [f"cause   {cause.kind.replace('_', ' ')}: {cause.text}", f"do      {cause.advice}"]
-    return lines
+    return lines + _causes(found)
+
+
+def _causes(found: Examination) -> list[str]:
+    return [
+        line
+        for cause in found.causes
+        for line in (f"cause   {cause.kind.replace('_', ' ')}: {cause.text}", f"do      {cause.advice}")
+    ]
 
 
 def _compared(found: Examination) -> str:
@@ -173,6 +202,7 @@ def _as_json(found: Examination) -> dict[str, Any]:
             "state": [] if divergence is None else list(divergence.state),
             "columns": found.columns,
         },
+        "not_brought_back": found.lost,
         "causes": [asdict(cause) for cause in found.causes],
         "snapshot": asdict(found.costs),
         "disk": {

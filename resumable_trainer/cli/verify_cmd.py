@@ -65,14 +65,23 @@ def _replay(directory: Path, args: argparse.Namespace) -> int:
     with replayed(begin, recorded, start, timeout_seconds=args.timeout) as replay:
         found = compare(recorded, replay.made)
         fields = difference_as_json(recorded, replay.made, found)
+        before, now = recorded.manifest.depends_on, replay.made.manifest.depends_on
+    changed = [name for name in before if name in now and now[name] != before[name]]
     is_same = found.rows.is_same and all(section.is_same for section in found.sections)
     if args.json:
         names = {"from": begin.manifest.name, "to": recorded.manifest.name}
-        print(json.dumps({"run_dir": str(directory), **names, "exact": is_same, "difference": fields}, indent=2))
+        print(
+            json.dumps(
+                {"run_dir": str(directory), **names, "exact": is_same, "changed": changed, "difference": fields},
+                indent=2,
+            )
+        )
         return 0 if is_same else _DIFFERENT
     for line in difference_lines(recorded, replay.made, found) if not is_same else ():
         print(line)
     steps = recorded.manifest.position.step - begin.manifest.position.step
+    if changed:
+        print(f"changed {', '.join(changed)}: not as it was when this was recorded")
     tensors = sum(section.num_tensors for section in found.sections)
     if is_same:
         print(

@@ -8,10 +8,13 @@ is compared, by name.
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from resumable_trainer.proof.trace import same_samples_in_another_order
+from resumable_trainer.proof.surroundings import SOURCES
+from resumable_trainer.proof.trace import plain_path, same_samples_in_another_order
+from resumable_trainer.proof.uses import steers
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
@@ -20,7 +23,14 @@ if TYPE_CHECKING:
 
 _MAX_NAMES = 4
 _CLOCK_CALLS = ("time.", "datetime.", "date.")
-_KINDS = {"generator": 0, "state": 1, "tensor": 2, "value": 3}  # what is lost, the likeliest first
+_LISTING_CALLS = ("os.listdir", "os.scandir")
+_ENTROPY_CALLS = ("os.urandom", "random.seed")
+_PROCESS_CALLS = ("os.getpid", "os.getppid")
+_KINDS = {"generator": 0, "iterator": 1, "state": 2, "tensor": 3, "value": 4}  # what is lost, the likeliest first
+_HAND_OVER = (
+    "hand it over as a part: anything with state_dict() and load_state_dict(), or keep it in a small object that has"
+    " them"
+)
 
 
 @dataclass(frozen=True)
@@ -64,12 +74,21 @@ def causes(evidence: Evidence, *, repeats_itself: bool) -> list[Cause]:
     """The likely causes, the surest first; never empty."""
     if repeats_itself:
         undisturbed = evidence.undisturbed
-        return [_lost(evidence, lost_variables(evidence.failed, undisturbed) or _lost_at_first(evidence))]
+        lost = lost_variables(evidence.failed, undisturbed) or _lost_at_first(evidence)
+        unsteady = _unsteady(*evidence.resumes)
+        return [_lost(evidence, [found for found in lost if found[0] not in unsteady])]
     found = [_source(name, evidence) for name, agree in evidence.agree_without.items() if agree and name != "all"]
     if not found and evidence.agree_without.get("all"):
         names = [name for name in evidence.agree_without if name != "all"]
         found = [_several(evidence, names)]
     return found or [_computation(evidence)]
+
+
+def suspects(evidence: Evidence) -> list[str]:
+    """Sources of chance that the script may have met; one that it never asks is not to agree by chance."""
+    calls, drawn = _calls(evidence, _CLOCK_CALLS), evidence.undisturbed.facts.get("drawn", ())
+    unmet = {"clock": not calls, "listing": not _calls(evidence, _LISTING_CALLS), "globals": not drawn}
+    return [source for source in SOURCES if not unmet.get(source)]
 
 
 # -- what a resume does not bring back ----------------------------------------------------------------
@@ -98,7 +117,81 @@ def lost_variables(resumed: Trace, undisturbed: Trace) -> list[tuple[str, str]]:
         for path, found in first.variables.items()
         if path in same.variables and same.variables[path] != found and _moves(path, same, history)
     ]
-    return sorted(lost, key=lambda item: (_KINDS[item[1]], item[0].count("."), item[0]))
+    return sorted(lost, key=_likeliest)
+
+
+def lost_without_effect(
+    starts: Iterable[Trace], undisturbed: Trace, pair: tuple[Trace, Trace]
+) -> list[tuple[str, str]]:
+    """(path, kind) of what no resume brings back although all came out the same, so far.
+
+    Args:
+        starts: Resumes, each with what it found at its first batch.
+        undisturbed: The run that was never stopped.
+        pair: Two resumes from one snapshot; what they do not agree on (a clock) was never the run's to bring back.
+    """
+    lost = dict.fromkeys(found for start in starts for found in lost_variables(start, undisturbed))
+    unsteady = _unsteady(*pair)
+    return sorted((found for found in lost if found[0] not in unsteady), key=_likeliest)
+
+
+def _unsteady(one: Trace, other: Trace) -> set[str]:
+    """Variables that differ between two starts from the same place."""
+    theirs = other.by_key()
+    return {
+        path
+        for key, moment in one.by_key().items()
+        if key in theirs
+        for path, found in moment.variables.items()
+        if theirs[key].variables.get(path, found) != found
+    }
+
+
+def _likeliest(item: tuple[str, str]) -> tuple[int, int, str]:
+    return _KINDS[item[1]], item[0].count("."), item[0]
+
+
+def without_effect(lost: Sequence[tuple[str, str]], sources: Sequence[str]) -> tuple[list[Cause], list[str]]:
+    """(causes, names) of what is lost without an effect so far: what will have one, and what need not.
+
+    A scheduler or an average that is not brought back is another one at the end, whether or not it has been used by
+    then; so is a counter that the script's text makes decide something.
+    """
+    names = list(dict.fromkeys(plain_path(path) for path, _ in lost))
+    sure = [plain_path(path) for path, kind in lost if kind == "state" or steers(_identifier(path), sources)]
+    sure = list(dict.fromkeys(sure))
+    if not sure:
+        return [], names
+    cause = Cause(
+        "state_not_handed_over",
+        f"not brought back by a resume: {_quoted(sure[:_MAX_NAMES])}; it has made no difference within these few"
+        " batches, but it will",
+        _HAND_OVER,
+        tuple(sure[:_MAX_NAMES]),
+    )
+    return [cause], [name for name in names if name not in sure]
+
+
+def missing_name(output: str) -> str | None:
+    """The variable without which a script has ended, by the last line of its output that names an error."""
+    lines = re.findall(r"^(?:NameError|UnboundLocalError): .*?'(\w+)'", output, re.MULTILINE)
+    return lines[-1] if lines else None
+
+
+def unset(name: str) -> Cause:
+    """A variable that the loop's body sets, and what comes after the loop reads."""
+    return Cause(
+        "state_not_handed_over",
+        f"`{name}` is set while batches are trained, and read after them: a resume at the end of an epoch's batches"
+        " has none to train, so that it is not there",
+        f"take it from the run (run.averages has the means of what run.log was given), or set `{name}` before the loop"
+        " and hand it over as a part",
+        (name,),
+    )
+
+
+def _identifier(path: str) -> str:
+    return _last_name(plain_path(path)).partition("[")[0]
 
 
 def _lost_at_first(evidence: Evidence) -> list[tuple[str, str]]:
@@ -110,7 +203,7 @@ def _moves(path: str, same: Moment, history: Sequence[Mapping[str, object]]) -> 
 
 
 def _lost(evidence: Evidence, lost: Sequence[tuple[str, str]]) -> Cause:
-    all_names = tuple(dict.fromkeys(path.removesuffix(".__len__()") for path, _ in lost))
+    all_names = tuple(dict.fromkeys(plain_path(path) for path, _ in lost))
     names = all_names[:_MAX_NAMES]
     if lost and lost[0][1] == "generator":
         return Cause(
@@ -119,13 +212,21 @@ def _lost(evidence: Evidence, lost: Sequence[tuple[str, str]]) -> Cause:
             f'hand it over: Run(..., state={{..., "{_last_name(names[0])}": {_expression(names[0])}}})',
             names,
         )
+    if lost and lost[0][1] == "iterator":
+        return Cause(
+            "data_order",
+            f"the iterator {_quoted(names[:1])} was begun outside the epoch loop, and is not among the parts: after a"
+            " resume it begins anew",
+            "let run.batches go over the data themselves (a DataLoader, tensors, a sequence); or give what it iterates"
+            " over state_dict() and load_state_dict(), and hand that over as a part",
+            names,
+        )
     if lost:
         return Cause(
             "state_not_handed_over",
             f"not brought back by a resume: {_quoted(names)}"
             + (f" and {len(all_names) - len(names)} more" if len(all_names) > len(names) else ""),
-            "hand it over as a part: anything with state_dict() and load_state_dict(), or keep it in a small object"
-            " that has them",
+            _HAND_OVER,
             names,
         )
     if evidence.divergence.data:
@@ -162,7 +263,7 @@ def _source(name: str, evidence: Evidence) -> Cause:
 
 def _unseeded_global(evidence: Evidence) -> Cause:
     names = tuple(evidence.undisturbed.facts.get("drawn", ())) or ("a global generator",)
-    seeds = {"Python": "random.seed(0)", "NumPy": "numpy.random.seed(0)"}
+    seeds = {"Python": "random.seed(0)", "NumPy": "numpy.random.seed(0)", "torch": "torch.manual_seed(0)"}
     advice = "seed it at the top of the script (" + ", ".join(seeds.get(n, "seed(0)") for n in names) + ")"
     text = (
         f"the script draws from the global generator of {' and '.join(names)} before the run is opened, and nothing"
@@ -174,14 +275,27 @@ def _unseeded_global(evidence: Evidence) -> Cause:
 
 
 def _unseeded(evidence: Evidence) -> Cause:
-    names = _generators_that_begin_apart(*evidence.resumes)
+    names, calls = _generators_that_begin_apart(*evidence.resumes), _calls(evidence, _ENTROPY_CALLS)
     what = f"{_quoted(names)} is seeded by nothing" if names else "something random is seeded by nothing"
+    where = f" ({', '.join(calls)})" if calls else ""
     advice = "seed it, and hand it over as a part"
     if names:
         advice += f': Run(..., state={{..., "{_last_name(names[0])}": {_expression(names[0])}}})'
     else:
         advice += "; it draws from os.urandom, as numpy.random.default_rng(), random.Random(), secrets and uuid4 do"
-    return Cause("unseeded_generator", f"{what}: each start draws something else", advice, names)
+    text = f"{what}: each start draws something else{where}"
+    return Cause("unseeded_generator", text, advice, (*names, *calls))
+
+
+def _seeded_otherwise(names: Sequence[str], by: str) -> Cause:
+    """Generators that begin apart, although not for want of a seed."""
+    return Cause(
+        "unseeded_generator",
+        f"{_quoted(names)} is seeded by something that is not the same at two starts{by}",
+        f'seed it with a number, and hand it over: Run(..., state={{..., "{_last_name(names[0])}":'
+        f" {_expression(names[0])}}})",
+        tuple(names),
+    )
 
 
 def _generators_that_begin_apart(one: Trace, other: Trace) -> tuple[str, ...]:
@@ -219,16 +333,20 @@ def _clock(evidence: Evidence) -> Cause:
 
 
 def _hash(evidence: Evidence) -> Cause:
+    names = _generators_that_begin_apart(*evidence.resumes)
+    if names:
+        return _seeded_otherwise(names, ": hash() of a text, or the order of a set, which are others in each process")
     return Cause(
         "data_order",
-        "the order of a set, or another thing that hangs on the hashes of texts, which are others in each process,"
-        " gets into the training",
-        "sort it (sorted(names)), or start Python with PYTHONHASHSEED=0",
+        "the order of a set, or another thing that hangs on the hashes of texts (hash() itself), which are others in"
+        " each process, gets into the training",
+        "sort it (sorted(names)); in place of hash(text) take zlib.crc32(text.encode()); or start Python with"
+        " PYTHONHASHSEED=0",
     )
 
 
 def _listing(evidence: Evidence) -> Cause:
-    calls = _calls(evidence, ("os.",))
+    calls = _calls(evidence, _LISTING_CALLS)
     return Cause(
         "data_order",
         "the order in which a directory lists its files gets into the training: it is another one on another machine,"
@@ -264,6 +382,16 @@ def _several(evidence: Evidence, names: Sequence[str]) -> Cause:
 
 def _computation(evidence: Evidence) -> Cause:
     """Neither clock nor entropy nor hashes nor listings nor torch's own kernels."""
+    names, pids = _generators_that_begin_apart(*evidence.resumes), _calls(evidence, _PROCESS_CALLS)
+    if names:
+        return _seeded_otherwise(names, f": the number of the process, it seems ({', '.join(pids)})" if pids else "")
+    if pids:
+        return Cause(
+            "data_order" if evidence.divergence.data else "unseeded_generator",
+            f"the number of the process, another one at each start, may get into the training: {', '.join(pids)}",
+            "take it out of whatever is computed, and seed with a number of your own",
+            pids,
+        )
     if evidence.divergence.data:
         return Cause(
             "data_order",

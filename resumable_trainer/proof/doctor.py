@@ -8,11 +8,22 @@ from __future__ import annotations
 import json
 import signal
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from resumable_trainer.durable.journal import read_rows
 from resumable_trainer.errors import ExitCode, ResumableTrainerError, UsageError
-from resumable_trainer.proof.diagnosis import Cause, Evidence, causes
+from resumable_trainer.proof.diagnosis import (
+    Cause,
+    Evidence,
+    causes,
+    lost_variables,
+    lost_without_effect,
+    missing_name,
+    suspects,
+    unset,
+    without_effect,
+)
 from resumable_trainer.proof.plan import kills
 from resumable_trainer.proof.surroundings import SOURCES
 from resumable_trainer.proof.trace import Trace, cut_short, first_difference, longest_gap_seconds, pairs_part_at
@@ -21,7 +32,6 @@ from resumable_trainer.snapshot.layout import EVENTS, METRICS
 
 if TYPE_CHECKING:
     from collections.abc import Callable
-    from pathlib import Path
 
     from resumable_trainer.loop.launch import Command
     from resumable_trainer.proof.nursery import Result
@@ -61,6 +71,8 @@ class Examination:
         after: The kill before it.
         causes: Why, the surest first.
         fresh_starts_differ: Whether two fresh starts are not the same, which is no matter of a resume.
+        failure: The variable that a start after a kill did not find, so that it ended there.
+        lost: What no resume brings back, by name, without any effect that could be seen or foreseen.
         columns: Columns of the metric journal that differ.
         costs: Of a snapshot, and of a start.
         scratch: Where everything was done.
@@ -76,12 +88,14 @@ class Examination:
     after: Kill | None = None
     causes: list[Cause] = field(default_factory=list)
     fresh_starts_differ: bool = False
+    failure: str | None = None
+    lost: list[str] = field(default_factory=list)
     columns: list[str] = field(default_factory=list)
 
     @property
     def is_exact(self) -> bool:
         """Whether every resume was exact, to the bit."""
-        return self.divergence is None and not self.columns
+        return self.divergence is None and not self.columns and not self.causes
 
 
 class Doctor:
@@ -94,6 +108,7 @@ class Doctor:
 
     def __init__(self, trials: Trials, say: Callable[[str], None]) -> None:
         self._trials, self._say = trials, say
+        self._resumed: list[Trace] = []
 
     def examine(self) -> Examination:
         """Do all of it; takes some starts of the script.
@@ -137,8 +152,11 @@ class Doctor:
             run = self._trials.thaw("killed-again")
             later = [kill for kill in plan if kill.key in ahead]
             self._chain(found, later, run, owed=frozen)
+        if found.failure is not None:
+            return
         if found.divergence is None:
             found.columns = self._columns(run)
+            self._look_for_what_is_lost(found)
         else:
             found.causes = self._causes(found)
 
@@ -154,9 +172,15 @@ class Doctor:
         chain = Trace()
         for before, kill in zip([None, *plan], [*plan, None], strict=True):
             result = self._trials.start(run, number=len(chain.opened), kill=kill)
+            if before is not None and (missing := missing_name(result.output)) is not None and result.code > 0:
+                found.after, found.failure = before, missing
+                found.causes = [unset(missing)]
+                return
             _check_end(result, kill)
             chain = chain.followed_by(result.trace)
             found.failed = result.trace
+            if before is not None:
+                self._resumed.append(result.trace)
             found.divergence = first_difference(result.trace, found.undisturbed)
             if found.divergence is None and result.code == 0:
                 found.divergence = cut_short(chain, found.undisturbed.moments[owed:])
@@ -168,6 +192,15 @@ class Doctor:
                 self._say(f"  {before.words}, and started again: the same")
             if result.code == 0:
                 return
+
+    def _look_for_what_is_lost(self, found: Examination) -> None:
+        """All came out the same; whatever is not brought back may still make a difference later."""
+        trace = found.undisturbed
+        if "frozen" not in trace.facts or not any(lost_variables(start, trace) for start in self._resumed):
+            return
+        lost = lost_without_effect(self._resumed, trace, self._trials.pair("lost", steady=()))
+        sources = [Path(file).read_text(errors="replace") for file in trace.facts.get("files", ())]
+        found.causes, found.lost = without_effect(lost, sources)
 
     def _columns(self, run: str) -> list[str]:
         """Columns of the metric journals that differ although the state never did."""
@@ -194,12 +227,16 @@ class Doctor:
         if pairs_part_at(*resumes) is None:
             return causes(evidence, repeats_itself=True)
         agree: dict[str, bool] = {}
-        for source in (*SOURCES, "all"):
-            steady = SOURCES if source == "all" else (source,)
-            agree[source] = pairs_part_at(*self._trials.pair(f"without-{source}", steady=steady)) is None
+        for source in (*suspects(evidence), "all"):
+            # Twice: what races agrees by chance now and then.
+            agree[source] = self._agree_without(source, "once") and self._agree_without(source, "again")
             if agree[source]:
                 break
         return causes(replace(evidence, agree_without=agree), repeats_itself=False)
+
+    def _agree_without(self, source: str, name: str) -> bool:
+        steady = SOURCES if source == "all" else (source,)
+        return pairs_part_at(*self._trials.pair(f"without-{source}-{name}", steady=steady)) is None
 
 
 def examine(command: Command, settings: Settings, say: Callable[[str], None]) -> Examination:

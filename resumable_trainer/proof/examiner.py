@@ -10,6 +10,7 @@ import sys
 from collections import Counter
 from typing import TYPE_CHECKING, Any
 
+from resumable_trainer.loop import launch
 from resumable_trainer.proof import fingerprints
 from resumable_trainer.proof.variables import Variables
 
@@ -57,7 +58,7 @@ class Examiner:
         if self._named is None:
             self._named = named
             self._tell("named", value=str(named.absolute()))
-            self._tell("parent_is_new", value=not named.parent.exists())
+            self._tell("new", value=[str(parent) for parent in named.absolute().parents if not parent.exists()])
             self._tell("drawn", value=self._surroundings.drawn_from())
             self._surroundings.torch_is_here()
         is_first = named == self._named
@@ -83,6 +84,7 @@ class Examiner:
             self._run = run
             seconds = self._clock() - self._surroundings.started
             self._tell("opened", resumed_from=run.resumed_from, seconds=seconds, variables=self._variables())
+            self._tell("files", value=list(launch.source_digests(launch.process.script)))
             self._let_go = self._clock()
 
     def at(self, place: Place, run: Run, batch: Any = None) -> None:

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import io
 import itertools
 import json
+import os
+import warnings
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from types import GeneratorType
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -18,8 +22,6 @@ from resumable_trainer.state.generators import capture_generator, is_generator
 from resumable_trainer.state.parts import capture_part
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-
     from resumable_trainer.snapshot.tree import Flat
 
 _PLAIN = (type(None), bool, int, float, complex, str, bytes)
@@ -63,11 +65,19 @@ def of_data(value: Any, *, depth: int = 0) -> str:
     elif isinstance(value, _SEQUENCES):
         inner = [of_data(item, depth=depth + 1) for item in value]
         inner = sorted(inner) if isinstance(value, set | frozenset) else inner
-    elif hasattr(value, "__dict__"):
-        inner = [f"{key}={of_data(item, depth=depth + 1)}" for key, item in vars(value).items()]
+    elif hasattr(value, "__dict__") or hasattr(value, "__slots__"):
+        inner = [f"{key}={of_data(item, depth=depth + 1)}" for key, item in fields_of(value).items()]
     else:
         inner = []
     return digest_bytes(f"{type(value).__qualname__}({','.join(inner)})".encode())
+
+
+def fields_of(value: object) -> dict[str, Any]:
+    """An object's attributes, in slots or not."""
+    named = [vars(kind).get("__slots__", ()) for kind in type(value).__mro__]
+    slots = [name for names in named for name in ([names] if isinstance(names, str) else names)]
+    in_slots = {name: getattr(value, name) for name in slots if not name.startswith("__") and hasattr(value, name)}
+    return {**in_slots, **getattr(value, "__dict__", {})}
 
 
 def _of_array(array: np.ndarray[Any, Any]) -> str:
@@ -102,7 +112,7 @@ def _leaves(value: Any, depth: int) -> Iterator[Any]:
 def of_object(value: object) -> tuple[str, str] | None:
     """(kind, digest) of one thing that a user's variable holds; None for what is opaque or a container.
 
-    Kinds: "generator", "state" (has a `state_dict`), "tensor", "value".
+    Kinds: "generator" (of random numbers), "iterator", "state" (has a `state_dict`), "tensor", "value".
     """
     if is_generator(value):
         return "generator", _of_tree(capture_generator(value))
@@ -111,17 +121,84 @@ def of_object(value: object) -> tuple[str, str] | None:
     if isinstance(value, torch.nn.Module | torch.optim.Optimizer) or _has_state(value):
         return _of_stateful(value)
     if isinstance(value, torch.Tensor):
-        return ("tensor", of_tensor(value)) if value.numel() * value.element_size() <= _MAX_BYTES else None
+        return "tensor", of_tensor(value if value.numel() * value.element_size() <= _MAX_BYTES else _some_of(value))
     if isinstance(value, np.ndarray | np.generic):
-        return ("tensor", _of_array(np.asarray(value))) if value.nbytes <= _MAX_BYTES else None
+        return "tensor", _of_array(np.asarray(value if value.nbytes <= _MAX_BYTES else value.reshape(-1)[::_STRIDE]))
     if isinstance(value, _PLAIN):
         return "value", digest_bytes(repr(value).encode())
-    if isinstance(value, itertools.count | itertools.repeat):
-        return "value", digest_bytes(repr(value).encode())
+    if isinstance(value, Iterator):
+        place = place_of_iterator(value)
+        return None if place is None else ("iterator", place)
     return None
 
 
+def place_of_iterator(value: object, *, depth: int = 0) -> str | None:
+    """Digest of how far an iterator has come; nothing is taken from it. None if that cannot be seen."""
+    if depth > _MAX_DEPTH:
+        return None
+    if isinstance(value, GeneratorType):
+        return _place_of_generator(value, depth)
+    if isinstance(value, io.TextIOWrapper | io.BufferedReader):
+        return _place_in_file(value)
+    if isinstance(value, itertools.count | itertools.repeat):
+        return digest_bytes(repr(value).encode())
+    if hasattr(value, "_num_yielded"):  # a DataLoader's
+        return digest_bytes(str(value._num_yielded).encode())
+    if type(value).__module__ not in ("builtins", "itertools"):
+        return None
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # Python 3.12 deprecates that of itertools
+            made = value.__reduce__()
+    except (TypeError, AttributeError):
+        return None
+    return digest_bytes(repr([_place_in(part, depth) for part in made[1:]]).encode())
+
+
+def _place_in(part: object, depth: int) -> object:
+    """What an iterator is made of: counts, and the iterators below it; not what it goes over."""
+    if isinstance(part, int):
+        return part
+    if isinstance(part, tuple):
+        return [_place_in(inner, depth + 1) for inner in part] if depth <= _MAX_DEPTH else None
+    return place_of_iterator(part, depth=depth + 1) if isinstance(part, Iterator) else None
+
+
+def _place_of_generator(value: GeneratorType[Any, Any, Any], depth: int) -> str:
+    if value.gi_frame is None:
+        return "ended"
+    found: list[object] = [value.gi_frame.f_lasti]
+    for name, inner in sorted(value.gi_frame.f_locals.items()):
+        if isinstance(inner, Iterator):
+            found.append((name, place_of_iterator(inner, depth=depth + 1)))
+        elif isinstance(inner, (*_PLAIN, torch.Tensor)) or (isinstance(inner, list) and len(inner) <= _MAX_LIST):
+            found.append((name, of_data(inner)))
+    if isinstance(value.gi_yieldfrom, Iterator):
+        found.append(place_of_iterator(value.gi_yieldfrom, depth=depth + 1))
+    return digest_bytes(repr(found).encode())
+
+
+def _place_in_file(file: io.TextIOWrapper | io.BufferedReader) -> str | None:
+    """Of a file that is read; what is written is the script's own affair."""
+    try:
+        if not file.readable() or file.isatty():
+            return None
+        return digest_bytes(str(os.lseek(file.fileno(), 0, os.SEEK_CUR)).encode())
+    except (OSError, ValueError):
+        return None
+
+
+_MAX_LIST = 1000
 _MAX_BYTES = 16 << 20
+
+
+_STRIDE = 1009  # a prime: no column of a table is left out
+
+
+def _some_of(tensor: torch.Tensor) -> torch.Tensor:
+    """Of a large tensor, elements here and there."""
+    is_strided = tensor.layout == torch.strided and tensor.is_contiguous()
+    return tensor.detach().view(-1)[::_STRIDE] if is_strided else tensor[:1]
 
 
 def _has_state(value: object) -> bool:

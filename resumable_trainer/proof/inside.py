@@ -6,6 +6,7 @@ import functools
 import json
 import os
 import random
+import signal
 import sys
 import time
 from pathlib import Path
@@ -14,6 +15,7 @@ from typing import TYPE_CHECKING
 from resumable_trainer.loop import launch
 from resumable_trainer.loop.notices import install_excepthook, notices
 from resumable_trainer.loop.script import run_script
+from resumable_trainer.proof.family import Family, die_with_parent
 from resumable_trainer.proof.surroundings import Surroundings
 from resumable_trainer.proof.trial import Trial
 
@@ -25,6 +27,8 @@ if TYPE_CHECKING:
 
 def main() -> int:
     """Fork a trial for each line of the standard input, until it ends; in a trial: its exit code."""
+    die_with_parent(signal.SIGTERM)
+    family = Family()
     started = time.monotonic()
     import numpy as np
     import torch  # noqa: F401 - every trial has it then
@@ -32,7 +36,13 @@ def main() -> int:
     import_seconds = time.monotonic() - started
     while line := sys.stdin.buffer.readline():
         trial = Trial.from_text(line.decode())
-        pid = os.fork()
+        with family.undisturbed():
+            pid = os.fork()
+            if pid == 0:
+                family.leave()
+                die_with_parent(signal.SIGKILL)
+            else:
+                family.head = pid
         if pid == 0:
             _become(trial)
             # As in any process that was started by itself.
@@ -40,8 +50,7 @@ def main() -> int:
             np.random.seed(None)
             return carry_out(trial, import_seconds=import_seconds)
         _say(pid=pid)
-        _, status = os.waitpid(pid, 0)
-        _say(code=os.waitstatus_to_exitcode(status))
+        _say(code=family.bury())
     return 0
 
 

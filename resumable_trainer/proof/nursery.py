@@ -6,6 +6,7 @@ from two nurseries, whose hashes and addresses differ as those of any two proces
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import select
@@ -65,6 +66,7 @@ class Nursery:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             bufsize=0,
+            start_new_session=True,  # Ctrl-C at a terminal reaches whoever examines, who ends this one
         )
 
     def __enter__(self) -> Self:
@@ -77,6 +79,7 @@ class Nursery:
         for pipe in (self._process.stdin, self._process.stdout):
             assert pipe is not None
             pipe.close()
+        self._process.terminate()  # which ends a trial first, with all that it has started
         try:
             self._process.wait(10)
         except subprocess.TimeoutExpired:
@@ -95,7 +98,8 @@ class Nursery:
         try:
             code = self._answer("code", self._timeout_seconds)
         except BaseException:
-            os.kill(pid, signal.SIGKILL)
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
             raise
         path = Path(trial.trace)
         lines = path.with_suffix(".log").read_text(errors="replace").splitlines()

@@ -17,6 +17,7 @@ from resumable_trainer.durable.files import TEMPORARY_PREFIX, Files, remove_tree
 from resumable_trainer.errors import DamagedSnapshotError, ExitCode, NotFoundError, ResumableTrainerError
 from resumable_trainer.proof.nursery import Nursery
 from resumable_trainer.proof.trial import Kill, Trial
+from resumable_trainer.proof.trials import sweep
 from resumable_trainer.snapshot.forking import fork
 from resumable_trainer.snapshot.selected import Selected, select
 from resumable_trainer.snapshot.store import Store
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from resumable_trainer.loop.launch import Start
+_PREFIX = f"{TEMPORARY_PREFIX}replay-"
 
 
 @dataclass(frozen=True)
@@ -113,7 +115,8 @@ def replayed(begin: Selected, recorded: Selected, start: Start, *, timeout_secon
         ResumableTrainerError: The script fails, or never comes to that snapshot, or not in time.
         SnapshotWriteError: There is no room for the copy.
     """
-    name = f"{TEMPORARY_PREFIX}replay-{os.getpid()}-{secrets.token_hex(4)}"
+    sweep(begin.run.resolve().parent, _PREFIX)
+    name = f"{_PREFIX}{os.getpid()}-{secrets.token_hex(4)}"
     scratch = begin.run.resolve().parent / name
     with tempfile.TemporaryDirectory(prefix="resumable-trainer-replay-") as notes:
         try:

@@ -6,7 +6,7 @@ frozen one would stop what waits with a deadline. Sources, by name:
 
 - `clock`: `time` and `datetime` as the user's code reads them.
 - `entropy`: what seeds a generator that nobody seeds (`os.urandom` and all that goes through it).
-- `globals`: Python's and NumPy's global generators, which nothing seeds before the run is opened.
+- `globals`: Python's, NumPy's and torch's global generators, which nothing seeds before the run is opened.
 - `listing`: the order in which a directory's entries are listed.
 - `kernels`: torch's deterministic algorithms, one thread.
 - `hash`: the order of sets of texts (PYTHONHASHSEED; set by whoever starts the process).
@@ -21,8 +21,10 @@ import hashlib
 import os
 import random
 import sys
+import threading
 import time
 import types
+import uuid
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
@@ -37,7 +39,11 @@ _TICK = 0.001  # a frozen clock still goes on by this at each look, so that loop
 _UNTOUCHED = (623, 624)  # places in the words of a Mersenne twister that was just seeded
 _A_MONTH = 30 * 86400.0
 _CLOCKS = ("time", "monotonic", "perf_counter", "process_time", "thread_time")
-_BETWEEN = ("/pathlib.py", "/glob.py", "/os.py", "/datetime.py", "/_local.py", "/_abc.py", "/tempfile.py")
+_BETWEEN = (
+    *("/pathlib.py", "/glob.py", "/os.py", "/datetime.py", "/_local.py", "/_abc.py", "/tempfile.py"),
+    *("/uuid.py", "/secrets.py", "/random.py", "/contextlib.py", "/functools.py"),
+)
+_TALK = "/multiprocessing/"  # its processes draw to greet each other, when the scheduler wills it
 
 
 class Surroundings:
@@ -54,29 +60,40 @@ class Surroundings:
         self.started = time.monotonic()
         self._steady, self._perturb, self._tell = steady, perturb, tell
         self._python_at_start: object = None
+        self._torch_at_start: Any = None
         self._looks = 0
-        self._drawn = 0
+        self._drawn = {True: 0, False: 0}  # by whether it was the main thread
         self._told: set[tuple[str, str]] = set()
 
     def install(self) -> None:
-        """Before the user's script is loaded, and with it torch and NumPy."""
+        """Before the user's script is loaded."""
+        import torch
+
         self._install_clock()
         self._install_listing()
-        if "entropy" in self._steady:
-            self._install_entropy()
+        self._install_entropy()
+        for name in ("getpid", "getppid"):  # told, and answered as ever: somebody may send a signal there
+            setattr(os, name, self._told_of(getattr(os, name), f"os.{name}"))
         if "globals" in self._steady:
             import numpy as np
 
             random.seed(0)
             np.random.seed(0)
+            torch.manual_seed(0)
         self._python_at_start = random.getstate()
+        self._torch_at_start = torch.get_rng_state(), torch.initial_seed()
 
     def drawn_from(self) -> list[str]:
         """Global generators that have moved since the process started, with nothing that seeded them."""
+        import torch
+
         moved = ["Python"] if random.getstate() != self._python_at_start else []
         numpy_random = sys.modules.get("numpy.random")
         if numpy_random is not None and numpy_random.get_state(legacy=False)["state"]["pos"] not in _UNTOUCHED:
             moved.append("NumPy")
+        state, seed = self._torch_at_start
+        if torch.initial_seed() == seed and not torch.equal(torch.get_rng_state(), state):
+            moved.append("torch")
         return moved
 
     def torch_is_here(self) -> None:
@@ -95,6 +112,9 @@ class Surroundings:
             setattr(time, f"{name}_ns", self._clock(getattr(time, f"{name}_ns"), f"time.{name}_ns", 10**9))
         for name in ("localtime", "gmtime", "ctime"):
             setattr(time, name, self._calendar(getattr(time, name), f"time.{name}"))
+        for name in ("strftime", "asctime"):
+            setattr(time, name, self._formatted(getattr(time, name), f"time.{name}", int(name == "strftime")))
+        uuid._generate_time_safe = None  # type: ignore[attr-defined] # a time-based one then asks `time`
         users = _users_datetime(self)
         real_import = builtins.__import__
 
@@ -123,6 +143,18 @@ class Surroundings:
             return real(seconds)
 
         return calendar
+
+    def _formatted(self, real: Callable[..., str], name: str, place: int) -> Callable[..., str]:
+        """For functions that take the time of now where their argument number `place` is left out."""
+        localtime = time.localtime
+
+        @functools.wraps(real)
+        def formatted(*args: Any) -> str:
+            if len(args) <= place and self._is_asked(name, sys._getframe(1)):
+                args = (*args, localtime(self.now()))
+            return real(*args)
+
+        return formatted
 
     def _frozen(self) -> float:
         self._looks += 1
@@ -160,21 +192,55 @@ class Surroundings:
     # -- entropy ------------------------------------------------------------------------------------
 
     def _install_entropy(self) -> None:
-        os.urandom = random._urandom = self._bytes  # type: ignore[attr-defined] # what `secrets` and NumPy draw from
-        seed = random.Random.seed
+        """Tell who draws; answer by ourselves where entropy is taken away."""
+        urandom, seed = os.urandom, random.Random.seed
+        is_steady = "entropy" in self._steady
+
+        @functools.wraps(urandom)
+        def drawn(count: int, /) -> bytes:
+            frame = sys._getframe(1)
+            self._is_asked("os.urandom", frame)
+            is_talk = _TALK in frame.f_code.co_filename
+            return self._bytes(count) if is_steady and not is_talk else urandom(count)
 
         @functools.wraps(seed)
         def seeded(generator: random.Random, a: Any = None, version: int = 2) -> None:
-            seed(generator, int.from_bytes(self._bytes(8)) if a is None else a, version)
+            if a is None:
+                self._is_asked("random.seed", sys._getframe(1))
+                a = int.from_bytes(self._bytes(8)) if is_steady else None
+            seed(generator, a, version)
 
+        if is_steady:
+            import torch
+
+            torch.seed = torch.random.seed = self._torch_seed
+        os.urandom = random._urandom = drawn  # type: ignore[attr-defined] # what `secrets` and NumPy draw from
         random.Random.seed = seeded  # type: ignore[method-assign, assignment]
+        # The module's own functions are methods that were bound before.
+        random.seed = functools.partial(seeded, random._inst)
+
+    def _told_of(self, real: Callable[[], int], name: str) -> Callable[[], int]:
+        @functools.wraps(real)
+        def asked() -> int:
+            self._is_asked(name, sys._getframe(1))
+            return real()
+
+        return asked
+
+    def _torch_seed(self) -> int:
+        import torch
+
+        number = int.from_bytes(self._bytes(8)) >> 1
+        torch.manual_seed(number)
+        return number
 
     def _bytes(self, count: int) -> bytes:
-        """The same in every process that draws as often."""
+        """The same in every process that draws as often; threads beside the main one do not come between."""
+        is_main = threading.get_ident() == threading.main_thread().ident
         data = b""
         while len(data) < count:
-            self._drawn += 1
-            data += hashlib.sha256(str(self._drawn).encode()).digest()
+            self._drawn[is_main] += 1
+            data += hashlib.sha256(f"{is_main} {self._drawn[is_main]}".encode()).digest()
         return data[:count]
 
     # -- who asks -----------------------------------------------------------------------------------

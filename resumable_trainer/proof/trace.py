@@ -13,6 +13,11 @@ if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
     from pathlib import Path
 
+LENGTH = ".__len__()"
+"""How long a container is, as a path in it."""
+ITEMS = ".items()"
+"""What a long container holds here and there, as a path in it."""
+
 Key = tuple[str, int, int, int]
 """Place, epochs finished, batches finished in the epoch, how many times before with these counts."""
 
@@ -81,6 +86,11 @@ class Trace:
         for moment in self.moments:
             found.setdefault(moment.key, moment)
         return found
+
+
+def plain_path(path: str) -> str:
+    """The variable that a path leads to, without what was looked at in it."""
+    return path.removesuffix(LENGTH).removesuffix(ITEMS)
 
 
 def read_trace(path: Path) -> Trace:

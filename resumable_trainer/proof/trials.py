@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any, Self
 from resumable_trainer.durable.files import TEMPORARY_PREFIX, Files, remove_tree
 from resumable_trainer.errors import UsageError
 from resumable_trainer.proof.nursery import Nursery
+from resumable_trainer.proof.trace import read_trace
 from resumable_trainer.proof.trial import Trial
 
 if TYPE_CHECKING:
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
     from resumable_trainer.proof.trace import Trace
 
 _PREFIX = f"{TEMPORARY_PREFIX}doctor-"
+_NOTES_PREFIX = "resumable-trainer-doctor-"
 _FROZEN = "frozen"
 
 
@@ -65,11 +67,13 @@ class Trials:
         self._notes = Path()
         self._number = 0
         self._named: Path | None = None
-        self._parent_is_new = False
+        self._new: list[Path] = []  # directories above it that the script has made
 
     def __enter__(self) -> Self:
         with contextlib.ExitStack() as stack:
-            self._notes = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="resumable-trainer-doctor-")))
+            sweep(Path(tempfile.gettempdir()), _NOTES_PREFIX)
+            self._notes = Path(tempfile.mkdtemp(prefix=f"{_NOTES_PREFIX}{os.getpid()}-"))
+            stack.callback(_remove, self._notes)
             stack.callback(self._remove_scratch)
             self._nurseries = self._open(stack, None)
             self._stack = stack.pop_all()
@@ -116,20 +120,29 @@ class Trials:
         if self._named is None or self._settings.keep:
             return
         _remove(self.place())
-        if self._parent_is_new and self.named.parent.is_dir() and not any(self.named.parent.iterdir()):
-            _remove(self.named.parent)
+        for parent in self._new:
+            with contextlib.suppress(OSError):  # somebody else has put something there
+                parent.rmdir()
 
     # -- trials -------------------------------------------------------------------------------------
 
     def undisturbed(self) -> Result:
         """A fresh start, left alone to its end."""
-        result = self._carry_out("undisturbed", self._nurseries[0], freeze=_FROZEN)
-        facts = result.trace.facts
-        if "named" in facts:
-            self._named = Path(facts["named"])
-            self._parent_is_new = bool(facts["parent_is_new"])
-            _sweep(self._named.parent)
+        try:
+            result = self._carry_out("undisturbed", self._nurseries[0], freeze=_FROZEN)
+        finally:
+            self._note_named()
+        if self._named is not None:
+            sweep(self._named.parent, _PREFIX)
         return result
+
+    def _note_named(self) -> None:
+        """Where the script's run lies, and so the scratch directory, also if the trial never came to its end."""
+        for path in sorted(self._notes.glob("*.jsonl")):
+            facts = read_trace(path).facts
+            if "new" in facts:
+                self._named, self._new = Path(facts["named"]), [Path(parent) for parent in facts["new"]]
+                return
 
     def start(self, run: str, *, number: int, **changes: Any) -> Result:
         """A start in surroundings as they might be `number` starts later."""
@@ -161,10 +174,10 @@ class Trials:
         return nursery.carry_out(replace(trial, **changes))
 
 
-def _sweep(parent: Path) -> None:
-    """Remove what examinations that were killed have left beside the run directory."""
+def sweep(parent: Path, prefix: str) -> None:
+    """Remove what examinations that were killed have left: directories named after a process that is gone."""
     for entry in parent.iterdir() if parent.is_dir() else ():
-        match = re.fullmatch(re.escape(_PREFIX) + r"(\d+)-[0-9a-f]{8}", entry.name)
+        match = re.fullmatch(re.escape(prefix) + r"(\d+)-\w+", entry.name)
         if match is not None and not Path(f"/proc/{match[1]}").exists():
             _remove(entry)
 

@@ -9,24 +9,36 @@ from __future__ import annotations
 import contextlib
 import functools
 import sys
+from argparse import Namespace
 from collections import deque
+from itertools import islice
 from pathlib import Path
-from types import BuiltinFunctionType, FrameType, FunctionType, GeneratorType, ModuleType
+from types import (
+    BuiltinFunctionType,
+    FrameType,
+    FunctionType,
+    GetSetDescriptorType,
+    MemberDescriptorType,
+    MethodType,
+    ModuleType,
+    SimpleNamespace,
+)
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from resumable_trainer.loop import launch
 from resumable_trainer.proof import fingerprints
+from resumable_trainer.proof.trace import ITEMS, LENGTH
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
 
-_LENGTH = ".__len__()"  # how long a container is, as a path in it
-_LENGTH = ".__len__()"  # how long a container is, as a path in it
 _MAX_ENTRIES = 4000
 _MAX_DEPTH = 4
 _MAX_ITEMS = 200
+_NUM_SAMPLED = 50
+_NOT_LOOKED_INTO = {"torch", "numpy", "resumable_trainer", "tqdm"}  # they move by themselves, or are large
 _LOADER_FIELDS = ("dataset", "sampler", "batch_sampler", "generator", "collate_fn")
 
 
@@ -55,9 +67,11 @@ class Variables:
         )
         while waiting and len(found) < _MAX_ENTRIES:
             path, value, depth = waiting.popleft()
-            if id(value) in self._known or _is_code(value):
+            if _is_code(value):
                 continue
-            fingerprint = fingerprints.of_object(value)
+            # Of what a resume brings back, only what it leaves out is of interest: attributes beside the state.
+            is_known = id(value) in self._known
+            fingerprint = None if is_known else fingerprints.of_object(value)
             if fingerprint is not None:
                 found[path] = fingerprint
             elif depth < _MAX_DEPTH and id(value) not in seen:
@@ -84,26 +98,86 @@ def _is_users(module: ModuleType | None) -> bool:
 
 
 def _is_code(value: object) -> bool:
-    return isinstance(value, type | ModuleType | FrameType | BuiltinFunctionType | GeneratorType)
+    if isinstance(value, type):
+        return not _is_users(sys.modules.get(value.__module__))
+    return isinstance(value, ModuleType | FrameType | BuiltinFunctionType)
 
 
 def _inside(value: Any) -> Iterator[tuple[str, Any]]:
-    """What a container, a loader or an object of the user's holds."""
+    """What a container, a loader, a class or an object holds."""
     if isinstance(value, FunctionType):
         yield from _in_function(value)
+    elif isinstance(value, MethodType):
+        yield "", value.__self__
     elif isinstance(value, functools.partial):
         yield from ((f".{name}", getattr(value, name)) for name in ("func", "args", "keywords"))
+    elif isinstance(value, type):
+        yield from ((f".{name}", inner) for name, inner in _of_class(value).items())
     elif isinstance(value, dict):
-        yield _LENGTH, len(value)
-        if len(value) <= _MAX_ITEMS:
-            yield from ((f"[{key!r}]", inner) for key, inner in list(value.items()))
+        yield from _entries(value)
     elif isinstance(value, list | tuple | set | frozenset | deque):
         yield from _items(value)
     elif isinstance(value, torch.utils.data.DataLoader):
         yield from ((f".{name}", getattr(value, name, None)) for name in _LOADER_FIELDS)
-    elif isinstance(value, torch.utils.data.Dataset | torch.utils.data.Sampler) or _is_users(_module_of(value)):
-        fields = {**_defaults(type(value)), **getattr(value, "__dict__", {})}
-        yield from ((f".{name}", inner) for name, inner in fields.items())
+    elif isinstance(value, torch.nn.Module):
+        yield from _beside_the_state(value)
+    elif _has_fields(value):
+        yield from (
+            (f".{name}", inner) for name, inner in {**_defaults(type(value)), **fingerprints.fields_of(value)}.items()
+        )
+
+
+def _has_fields(value: object) -> bool:
+    """Whether an object is looked into: the user's, one that only holds names, or that of a small library."""
+    if isinstance(value, torch.utils.data.Dataset | torch.utils.data.Sampler | SimpleNamespace | Namespace):
+        return True
+    module = _module_of(value)
+    if _is_users(module):
+        return True
+    library = str(type(value).__module__).partition(".")[0]
+    return library not in _NOT_LOOKED_INTO and library not in sys.stdlib_module_names and module is not None
+
+
+def _of_class(kind: type) -> dict[str, Any]:
+    """What a class of the user's holds itself, methods aside."""
+    return {
+        name: value
+        for name, value in list(vars(kind).items())
+        if not name.startswith("__") and not isinstance(value, _DESCRIPTORS) and not isinstance(value, type)
+    }
+
+
+_DESCRIPTORS = (FunctionType, classmethod, staticmethod, property, MemberDescriptorType, GetSetDescriptorType)
+
+
+def _beside_the_state(module: torch.nn.Module) -> Iterator[tuple[str, Any]]:
+    """Attributes of a model and its layers that are neither parameters nor saved buffers nor torch's own."""
+    for prefix, layer in module.named_modules():
+        dot = f".{prefix}" if prefix else ""
+        for name in sorted(layer._non_persistent_buffers_set):
+            yield f"{dot}.{name}", layer._buffers.get(name)
+        if _is_users(_module_of(layer)):
+            own = {name: inner for name, inner in vars(layer).items() if name not in _TORCHS_OWN}
+            yield from ((f"{dot}.{name}", inner) for name, inner in {**_defaults(type(layer)), **own}.items())
+
+
+_TORCHS_OWN = frozenset(vars(torch.nn.Module())) | {"_is_full_backward_hook"}
+
+
+def _entries(value: dict[Any, Any]) -> Iterator[tuple[str, Any]]:
+    yield LENGTH, len(value)
+    if len(value) <= _MAX_ITEMS:
+        yield from ((f"[{key!r}]", inner) for key, inner in list(value.items()) if isinstance(key, _PLAIN_KEYS))
+    else:
+        yield ITEMS, _here_and_there(list(value.values()))
+
+
+_PLAIN_KEYS = (str, int, float, tuple, bytes)
+
+
+def _here_and_there(items: list[Any]) -> str:
+    """Digest of some items of many, evenly spread: each look at all of them would take too long."""
+    return fingerprints.of_data(list(islice(items, 0, None, len(items) // _NUM_SAMPLED)))
 
 
 def _defaults(kind: type) -> dict[str, Any]:
@@ -128,15 +202,15 @@ def _in_function(function: FunctionType) -> Iterator[tuple[str, Any]]:
 
 
 def _items(value: Any) -> Iterator[tuple[str, Any]]:
-    """A long sequence counts by its length and its ends: a list that grows with training is found by both."""
-    yield _LENGTH, len(value)
+    """A long sequence counts by its length and some of its items."""
+    yield LENGTH, len(value)
     items = list(value)
     if isinstance(value, set | frozenset):
-        yield ".items", fingerprints.of_data(value)
+        yield ITEMS, fingerprints.of_data(value)
     elif len(items) <= _MAX_ITEMS:
         yield from ((f"[{index}]", inner) for index, inner in enumerate(items))
     else:
-        yield from (("[0]", items[0]), ("[-1]", items[-1]))
+        yield ITEMS, _here_and_there(items)
 
 
 def _module_of(value: object) -> ModuleType | None:

@@ -187,6 +187,57 @@ data = [(inputs[i : i + 1], targets[i : i + 1]) for i in (int(p.stem) for p in f
         "data_order",
         "os.listdir",
     ),
+    "a permutation drawn before the run": Leak(
+        """
+torch.seed()
+data = [(inputs[i : i + 1], targets[i : i + 1]) for i in torch.randperm(40).tolist()]
+""",
+        "unseeded_generator",
+        "nothing",
+    ),
+    "an iterator begun outside the epochs": Leak(
+        """
+def forever():
+    while True:
+        yield from torch.arange(7.0) / 70
+stream = forever()
+def changed(x):
+    return x + next(stream)
+""",
+        "data_order",
+        "stream",
+    ),
+    "an average that is used after the run": Leak(
+        """
+average = torch.optim.swa_utils.AveragedModel(model)
+def after_step(run, loss):
+    average.update_parameters(model)
+""",
+        "state_not_handed_over",
+        "average",
+    ),
+    "a loss that only the batches set": Leak(
+        """
+def after_epoch(run):
+    run.log_epoch(last_loss=loss)
+""",
+        "state_not_handed_over",
+        "loss",
+    ),
+    "a temperature beside the model's state": Leak(
+        """
+class Cooling(nn.Linear):
+    heat = 1.0
+    def forward(self, x):
+        self.heat = self.heat * 0.9
+        return super().forward(x) / self.heat
+model = Cooling(4, 1)
+optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
+state = {"model": model, "optimizer": optimizer}
+""",
+        "state_not_handed_over",
+        "model.heat",
+    ),
     "a stream that goes on by itself": Leak(
         """
 class Stream:

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -105,3 +109,35 @@ def test_a_job_that_cannot_be_started_twice_is_found_out(tmp_path: Path) -> None
     assert "started again, fails" in done.stderr
     assert "FileExistsError" in done.stderr
     shutil.rmtree(tmp_path / "once")
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_examination_that_is_broken_off_leaves_no_file_and_no_process(
+    number: signal.Signals, tmp_path: Path
+) -> None:
+    child = "import subprocess, sys\nsubprocess.Popen([sys.executable, '-c', 'import time; time.sleep(600)'])\n"
+    script = child + LEAKS["none"].script.replace("run.log(loss=loss)", "run.log(loss=loss); time.sleep(0.5)")
+    (tmp_path / "job.py").write_text(script)
+    command = [sys.executable, "-m", "resumable_trainer", "doctor", "job.py"]
+    with subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.DEVNULL, start_new_session=True) as process:
+        while not list(tmp_path.glob("runs/.tmp-doctor-*/frozen")):
+            assert process.poll() is None
+            time.sleep(0.05)
+        assert processes_in(tmp_path)
+        os.killpg(process.pid, number)
+        assert process.wait(60) == {signal.SIGINT: 130, signal.SIGTERM: 143}[number]
+    assert [path.name for path in tmp_path.iterdir()] == ["job.py"]
+    deadline = time.monotonic() + 30
+    while processes_in(tmp_path) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert processes_in(tmp_path) == []
+
+
+def processes_in(directory: Path) -> list[str]:
+    """Processes with that working directory."""
+    found = []
+    for entry in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            if (entry / "cwd").readlink() == directory:
+                found.append(entry.name)
+    return found

@@ -47,6 +47,7 @@ def test_a_stretch_within_an_epoch_and_one_to_its_end_come_to_what_was_recorded(
     for begin, end in (("8", "step-000000010-epoch-000001"), ("12", "step-000000016"), ("16", "step-000000020")):
         code, found = replay(tmp_path, "--from", begin)
         assert (code, found["exact"], found["to"]) == (0, True, end), found
+    assert found["changed"] == []
     code, found = replay(tmp_path)
     assert (code, found["to"]) == (0, max(path.name for path in (run / "snapshots").iterdir()))
     assert files(tmp_path) == before  # the run was only looked at, and nothing stays behind
@@ -57,6 +58,14 @@ def test_a_stretch_that_comes_to_something_else_is_said_with_its_parts(tmp_path:
     code, found = replay(tmp_path, "--from", "12")
     assert (code, found["exact"]) == (1, False)
     assert [s["name"] for s in found["difference"]["sections"] if not s["same"]][:2] == ["model", "optimizer"]
+
+
+def test_a_script_that_has_changed_since_is_named(tmp_path: Path) -> None:
+    trained(tmp_path, LEAKS["none"].script)
+    job = tmp_path / "job.py"
+    job.write_text(job.read_text().replace(".square()", ".abs()"))
+    code, found = replay(tmp_path, "--from", "12")
+    assert (code, found["exact"], found["changed"]) == (1, False, ["script"])
 
 
 def test_a_snapshot_made_by_a_notice_in_an_evaluation_is_replayed(tmp_path: Path) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from resumable_trainer.proof.diagnosis import lost_variables
+from resumable_trainer.proof.diagnosis import lost_variables, lost_without_effect, missing_name, without_effect
 from resumable_trainer.proof.plan import kills
 from resumable_trainer.proof.trace import (
     Moment,
@@ -122,3 +122,28 @@ def test_a_notice_waits_for_the_longest_stretch_in_which_it_is_not_looked_at() -
         ]
     )
     assert longest_gap_seconds(trace) == 5.5
+
+
+def test_what_is_lost_without_an_effect_is_a_cause_if_it_will_have_one() -> None:
+    def at(batch: int, *, clock: str, **variables: tuple[str, str]) -> Moment:
+        return moment("batch", 0, batch, variables={**variables, "clock": ("value", clock)})
+
+    def both(value: str) -> dict[str, tuple[str, str]]:
+        return {"average": ("state", value), "main.bad": ("value", value), "seen": ("value", value)}
+
+    undisturbed = Trace([at(0, clock="1", **both("0")), at(1, clock="2", **both("1"))])
+    resumed = Trace([at(1, clock="3", **both("0"))])
+    again = Trace([at(1, clock="4", **both("0"))])
+    lost = lost_without_effect([resumed], undisturbed, (resumed, again))
+    assert lost == [("average", "state"), ("seen", "value"), ("main.bad", "value")]
+    found, others = without_effect(lost, ["if bad > 8:\n    break\nprint(seen)"])
+    assert [cause.where for cause in found] == [("average", "main.bad")]
+    assert others == ["seen"]
+    assert without_effect([("seen", "value")], ["print(seen)"]) == ([], ["seen"])
+
+
+def test_a_variable_that_was_never_set_is_read_from_the_last_error() -> None:
+    local = "UnboundLocalError: cannot access local variable 'loss' where it is not associated with a value"
+    assert missing_name(f"epoch 1\nTraceback\n{local}\n") == "loss"
+    assert missing_name("NameError: name 'x' is not defined") == "x"
+    assert missing_name("ValueError: name 'x' is not defined") is None
