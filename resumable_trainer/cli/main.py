@@ -6,6 +6,7 @@ Declarations are light, and a command's module is imported when it runs: `--help
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib
 import os
 import sys
@@ -25,14 +26,18 @@ exit codes: 0 done, 2 usage, 65 no valid snapshot, 66 no such run or snapshot, 6
             70 the training code failed, 74 not saved, 75 preempted (run again), 78 settings, 130 interrupted
 """
 
+# They read snapshots without the lock: of a run that trains, one may go in the middle. None prints before it has
+# read all, so it can begin anew.
+_READING = ("list", "status", "show", "verify", "diff", "fork", "export")
+_ATTEMPTS = 5
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; its exit code."""
     parser = _parser()
     args = parser.parse_args(argv)
     try:
-        module = importlib.import_module(f"resumable_trainer.cli.{args.command}_cmd")
-        return int(module.run(args))
+        return _run(args)
     except BrokenPipeError:
         # The reader (head, less) has seen enough. Python would complain again when it flushes at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -41,6 +46,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 130
     except Exception as error:  # noqa: BLE001 - the edge of the process; what is not ours is raised again
         return _report(error)
+
+
+def _run(args: argparse.Namespace) -> int:
+    module = importlib.import_module(f"resumable_trainer.cli.{args.command}_cmd")
+    if args.command in _READING:
+        from resumable_trainer.errors import SnapshotGoneError
+
+        for _ in range(_ATTEMPTS - 1):
+            with contextlib.suppress(SnapshotGoneError):
+                return int(module.run(args))
+    return int(module.run(args))
 
 
 def _report(error: Exception) -> int:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 from resumable_trainer.durable.files import Files, remove_tree
 from resumable_trainer.durable.lock import RunLock
-from resumable_trainer.errors import DamagedSnapshotError, ExitCode, NotFoundError, RunHeldError
+from resumable_trainer.errors import DamagedSnapshotError, ExitCode, NotFoundError, RunHeldError, SnapshotGoneError
 from resumable_trainer.loop import launch
 from resumable_trainer.loop.notices import install_excepthook, notices
 from resumable_trainer.loop.script import run_script
@@ -215,6 +215,6 @@ def _newest_generation(directory: Path) -> int:
     for name in reversed(store.names()):
         try:
             return store.manifest(name).generation
-        except DamagedSnapshotError:
+        except (DamagedSnapshotError, SnapshotGoneError):
             continue
     return 0

@@ -10,7 +10,7 @@ from resumable_trainer.durable.digest import reading
 from resumable_trainer.durable.files import TEMPORARY_PREFIX
 from resumable_trainer.durable.journal import read_rows
 from resumable_trainer.durable.lock import Owner, is_alive, read_owner
-from resumable_trainer.errors import DamagedSnapshotError, NotFoundError
+from resumable_trainer.errors import DamagedSnapshotError, NotFoundError, SnapshotGoneError
 from resumable_trainer.snapshot import strict_json
 from resumable_trainer.snapshot.layout import EVENTS, RUN_JSON, RUN_LOCK, SNAPSHOTS, parse_name
 from resumable_trainer.snapshot.store import Store
@@ -148,6 +148,8 @@ def entries(directory: Path, *, verify: bool = True) -> list[Entry]:
         manifest, reason = None, None
         try:
             manifest = store.verify(name) if verify else store.manifest(name)
+        except SnapshotGoneError:  # retention goes on while we look
+            continue
         except DamagedSnapshotError as error:
             reason = error.message
             manifest = _manifest_or_none(store, name)
@@ -158,7 +160,7 @@ def entries(directory: Path, *, verify: bool = True) -> list[Entry]:
 def _manifest_or_none(store: Store, name: str) -> Manifest | None:
     try:
         return store.manifest(name)
-    except DamagedSnapshotError:
+    except (DamagedSnapshotError, SnapshotGoneError):
         return None
 
 
@@ -185,7 +187,7 @@ def newest_valid(directory: Path) -> Manifest | None:
     for name in reversed(store.names()):
         try:
             return store.verify(name)
-        except DamagedSnapshotError:
+        except (DamagedSnapshotError, SnapshotGoneError):
             continue
     return None
 
