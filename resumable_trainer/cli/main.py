@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import errno
 import importlib
+import io
 import os
 import sys
 from typing import TYPE_CHECKING
@@ -34,6 +36,7 @@ _ATTEMPTS = 5
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; its exit code."""
+    _print_every_name()
     parser = _parser()
     args = parser.parse_args(argv)
     try:
@@ -46,6 +49,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 130
     except Exception as error:  # noqa: BLE001 - the edge of the process; what is not ours is raised again
         return _report(error)
+
+
+def _print_every_name() -> None:
+    """A name that the terminal's encoding does not have is shown escaped: it is no reason to fail."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper) and stream.errors == "strict":
+            stream.reconfigure(errors="backslashreplace")
 
 
 def _run(args: argparse.Namespace) -> int:
@@ -67,7 +77,7 @@ def _report(error: Exception) -> int:
         return int(error.exit_code)
     if isinstance(error, OSError):
         print(f"resumable-trainer: {error}", file=sys.stderr)
-        return int(ExitCode.NOT_SAVED)
+        return int(ExitCode.USAGE if error.errno == errno.ENAMETOOLONG else ExitCode.NOT_SAVED)
     if isinstance(error, ValueError):
         print(f"resumable-trainer: {error}", file=sys.stderr)
         return int(ExitCode.NO_VALID_SNAPSHOT)

@@ -176,7 +176,8 @@ def _say_done(directory: Path, *, as_json: bool) -> int:
     place = f" after {at.epoch} epochs, {at.step} steps" if at else ""
     value = f" | best {best.metric} {best.value:.4f} @ epoch {best.epoch + 1}" if best else ""
     print(f"{directory}: already {words}{place}{value} | nothing to do")
-    print("to train further raise the epochs in the script; if something else has changed, add --relaunch")
+    raised = "the patience" if summary.state == "stopped_early" else "the epochs"
+    print(f"to train further raise {raised} in the script; if something else has changed, add --relaunch")
     return int(ExitCode.DONE)
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -69,7 +71,12 @@ def _bytes_below(path: Path) -> int:
 
 def is_run(directory: Path) -> bool:
     """Whether a directory is that of a run."""
-    return any((directory / name).exists() for name in (RUN_JSON, RUN_LOCK, SNAPSHOTS))
+    try:
+        return any((directory / name).exists() for name in (RUN_JSON, RUN_LOCK, SNAPSHOTS))
+    except OSError as error:
+        if error.errno == errno.ENAMETOOLONG:  # nothing can be there
+            return False
+        raise
 
 
 def require_run(directory: Path) -> Path:
@@ -79,7 +86,7 @@ def require_run(directory: Path) -> Path:
         NotFoundError: It is not.
     """
     if not is_run(directory):
-        what = "no run" if directory.is_dir() else "not there"
+        what = "no run" if os.access(directory, os.F_OK) else "not there"
         raise NotFoundError(
             f"{directory} is {what}", path=directory, hint="a run directory holds run.json; look below runs/"
         )

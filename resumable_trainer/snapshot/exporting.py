@@ -262,6 +262,10 @@ def _check_target(source: Selected, path: Path, *, replacing: bool) -> None:
         raise UsageError(f"{path} lies where the run {source.run} keeps its own files", path=path)
     if os.path.lexists(path) and not replacing:
         raise _taken(path)
+    if path.exists() and not path.is_file():
+        raise UsageError(
+            f"{path} is no regular file, and is not replaced by one", path=path, hint="choose another name"
+        )
 
 
 def _taken(path: Path) -> UsageError:

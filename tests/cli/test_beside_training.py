@@ -102,3 +102,21 @@ def test_another_run_directory_means_another_run_of_the_same_command(tmp_path: P
     assert other.returncode == 0, other.stderr
     assert "finished: 2 epochs" in other.stderr
     assert json.loads(command(tmp_path, "status", "runs/b", "--json").stdout)["state"] == "finished"
+
+
+@pytest.mark.parametrize("word", ["list", "status", "show", "verify", "prune", "plot", "stop", "resume"])
+def test_an_empty_name_and_one_that_cannot_be_are_no_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], word: str
+) -> None:
+    run_with_many(tmp_path / "runs" / "a")
+    monkeypatch.chdir(tmp_path)
+    assert main([word, ""]) == 2, "a variable that is not set does not mean the most recent run"
+    assert main([word, "x" * 300]) == 66
+    assert not capsys.readouterr().out
+
+
+def test_a_name_that_the_terminal_cannot_show_is_shown_escaped(tmp_path: Path) -> None:
+    run_with_many(tmp_path / "n\u00e9")
+    found = command(tmp_path, "status", "n\u00e9", PYTHONIOENCODING="ascii")
+    assert found.returncode == 0, found.stderr
+    assert "run     n\\xe9" in found.stdout
