@@ -25,7 +25,7 @@ from resumable_trainer.durable.files import (
     write_new_file,
 )
 from resumable_trainer.durable.filesystem import room, shortage
-from resumable_trainer.durable.lock import RunLock
+from resumable_trainer.durable.lock import RunLock, held_as_it_is
 from resumable_trainer.errors import ResumableTrainerError, SnapshotWriteError, UsageError
 from resumable_trainer.snapshot.layout import EVENTS, METRICS, RUN_JSON, RUN_LOCK
 from resumable_trainer.snapshot.store import Store
@@ -158,10 +158,10 @@ def _sweep(files: Files, final: Path) -> None:
 
 def _remove_if_nobody_holds_it(files: Files, entry: Path) -> None:
     if not (entry / RUN_LOCK).exists():
-        # Taking the lock would bring back what its maker removes. Alive before its lock, it makes the directory again.
+        # Being removed, or killed in that. A maker that has no lock yet makes the directory again.
         remove_tree(files, entry)
         return
-    with RunLock(entry / RUN_LOCK, files=files).held_again():
+    with held_as_it_is(entry / RUN_LOCK):
         remove_tree(files, entry)
 
 

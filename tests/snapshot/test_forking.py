@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import shutil
+import threading
 from typing import TYPE_CHECKING, Any
 
 import endings
@@ -146,6 +148,19 @@ def test_a_fork_in_the_making_is_left_alone_by_another(tmp_path: Path) -> None:
     fork(select(tmp_path / "b", "latest"), tmp_path / "c")
     assert other.is_dir(), "another name's"
     assert strangers.is_dir()
+
+
+def test_a_sweep_does_not_bring_back_what_its_maker_removes(tmp_path: Path) -> None:
+    final = tmp_path / "b"
+    made = tmp_path / ".tmp-b-0123456789ab"
+    made.mkdir()
+    with RunLock(made / "run.lock").held_again():
+        sweeping = threading.Thread(target=new_run._sweep, args=(Files(), final))
+        sweeping.start()
+        sweeping.join(0.1)
+        shutil.rmtree(made)
+    sweeping.join()
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_what_was_killed_while_it_was_removed_is_swept(tmp_path: Path) -> None:
