@@ -10,6 +10,7 @@ ResumableTrainerError                        70  internal error, or the training
 |-- DamagedSnapshotError  (ValueError)       65  one snapshot does not verify
 |-- NoValidSnapshotError  (LookupError)      65  there are snapshots, and none verifies
 |-- NotFoundError         (FileNotFoundError) 66 no such run or snapshot
+|   `-- SnapshotGoneError                     66 it was there, and was deleted while it was read
 |-- RunHeldError          (BlockingIOError)  69  another process holds the run
 |-- SnapshotWriteError    (OSError)          74  state could not be made durable
 Stopped (SystemExit)                             the run was asked to leave and saved its state
@@ -134,6 +135,10 @@ class NotFoundError(ResumableTrainerError, FileNotFoundError):
     """No such run or snapshot."""
 
     exit_code = ExitCode.NOT_FOUND
+
+
+class SnapshotGoneError(NotFoundError):
+    """A snapshot was deleted while it was read: the run that it belongs to is training, and retention went on."""
 
 
 class RunHeldError(ResumableTrainerError, BlockingIOError):

@@ -6,7 +6,10 @@ Declarations are light, and a command's module is imported when it runs: `--help
 from __future__ import annotations
 
 import argparse
+import contextlib
+import errno
 import importlib
+import io
 import os
 import sys
 from typing import TYPE_CHECKING
@@ -25,14 +28,19 @@ exit codes: 0 done, 2 usage, 65 no valid snapshot, 66 no such run or snapshot, 6
             70 the training code failed, 74 not saved, 75 preempted (run again), 78 settings, 130 interrupted
 """
 
+# They read snapshots without the lock: of a run that trains, one may go in the middle. None prints before it has
+# read all, so it can begin anew.
+_READING = ("list", "status", "show", "verify", "diff", "fork", "export")
+_ATTEMPTS = 5
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; its exit code."""
+    _print_every_name()
     parser = _parser()
     args = parser.parse_args(argv)
     try:
-        module = importlib.import_module(f"resumable_trainer.cli.{args.command}_cmd")
-        return int(module.run(args))
+        return _run(args)
     except BrokenPipeError:
         # The reader (head, less) has seen enough. Python would complain again when it flushes at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -43,6 +51,24 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _report(error)
 
 
+def _print_every_name() -> None:
+    """A name that the terminal's encoding does not have is shown escaped: it is no reason to fail."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper) and stream.errors == "strict":
+            stream.reconfigure(errors="backslashreplace")
+
+
+def _run(args: argparse.Namespace) -> int:
+    module = importlib.import_module(f"resumable_trainer.cli.{args.command}_cmd")
+    if args.command in _READING:
+        from resumable_trainer.errors import SnapshotGoneError
+
+        for _ in range(_ATTEMPTS - 1):
+            with contextlib.suppress(SnapshotGoneError):
+                return int(module.run(args))
+    return int(module.run(args))
+
+
 def _report(error: Exception) -> int:
     from resumable_trainer.errors import ExitCode, ResumableTrainerError
 
@@ -51,7 +77,7 @@ def _report(error: Exception) -> int:
         return int(error.exit_code)
     if isinstance(error, OSError):
         print(f"resumable-trainer: {error}", file=sys.stderr)
-        return int(ExitCode.NOT_SAVED)
+        return int(ExitCode.USAGE if error.errno == errno.ENAMETOOLONG else ExitCode.NOT_SAVED)
     if isinstance(error, ValueError):
         print(f"resumable-trainer: {error}", file=sys.stderr)
         return int(ExitCode.NO_VALID_SNAPSHOT)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from resumable_trainer.errors import UsageError
 from resumable_trainer.report.summary import most_recent, require_run
 
 if TYPE_CHECKING:
@@ -17,8 +18,15 @@ def run_directory(args: argparse.Namespace) -> Path:
 
     Raises:
         NotFoundError: There is none such.
+        UsageError: The name is empty.
     """
-    return require_run(Path(args.run_dir)) if args.run_dir else most_recent()
+    if args.run_dir is None:
+        return most_recent()
+    if not args.run_dir:  # a variable that is not set must not mean some run or other
+        raise UsageError(
+            "the run directory's name is empty", hint="leave it out to mean the most recent run below runs/"
+        )
+    return require_run(Path(args.run_dir))
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:

@@ -3,21 +3,21 @@
 from __future__ import annotations
 
 import os
-from pathlib import Path
 from typing import TYPE_CHECKING
 
+from resumable_trainer.cli.output import run_directory
 from resumable_trainer.cli.starting import check_target, go_on_as, start
 from resumable_trainer.errors import NotFoundError
 from resumable_trainer.loop import launch
-from resumable_trainer.report.summary import most_recent, require_run
 
 if TYPE_CHECKING:
     import argparse
+    from pathlib import Path
 
 
 def run(args: argparse.Namespace) -> int:
     """Continue; the exit code of the training."""
-    directory = (require_run(Path(args.run_dir)) if args.run_dir else most_recent()).resolve()
+    directory = run_directory(args).resolve()
     recorded = launch.recorded_start(directory)
     if recorded is None:
         raise NotFoundError(

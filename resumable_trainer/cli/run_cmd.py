@@ -20,8 +20,9 @@ def run(args: argparse.Namespace) -> int:
     target = None if args.run_dir is None else Path(args.run_dir)
     launch.process.handover.directory = target or launch.default_directory(command)
     directories = directories_of(command)
-    if target is not None and is_run(target) and target.resolve() not in directories:
-        directories.append(target.resolve())
+    if target is not None and target.resolve() not in directories:
+        # What else this command has trained is another run, done or held; a script that names its own is found below.
+        directories = [target.resolve()] if is_run(target) else []
     expected = directory_to_be(command, launch.process.handover.directory) if not directories else None
     if expected is not None:
         directories.append(expected.resolve())

@@ -9,7 +9,7 @@ from resumable_trainer.cli.output import run_directory, size, table
 from resumable_trainer.report.summary import origin, origin_text
 from resumable_trainer.snapshot.layout import TENSORS_SUFFIX
 from resumable_trainer.snapshot.raw import RawTensorFile
-from resumable_trainer.snapshot.store import Store
+from resumable_trainer.snapshot.store import Store, still_there
 
 if TYPE_CHECKING:
     import argparse
@@ -23,9 +23,11 @@ def run(args: argparse.Namespace) -> int:
     directory, which = run_directory(args), args.which
     store = Store(directory)
     manifest = store.verify(store.select(which))
+    path = store.path(manifest.name)
     fields = manifest.model_dump(mode="json")
-    fields["path"] = str(store.path(manifest.name))
-    fields["tensors"] = _tensors(store.path(manifest.name), manifest)
+    fields["path"] = str(path)
+    with still_there(path):
+        fields["tensors"] = _tensors(path, manifest)
     came_from = origin(directory)
     print(json.dumps({**fields, **came_from}, indent=2) if args.json else _text(fields, manifest, came_from))
     return 0

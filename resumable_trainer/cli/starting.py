@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 from resumable_trainer.durable.files import Files, remove_tree
 from resumable_trainer.durable.lock import RunLock
-from resumable_trainer.errors import DamagedSnapshotError, ExitCode, NotFoundError, RunHeldError
+from resumable_trainer.errors import DamagedSnapshotError, ExitCode, NotFoundError, RunHeldError, SnapshotGoneError
 from resumable_trainer.loop import launch
 from resumable_trainer.loop.notices import install_excepthook, notices
 from resumable_trainer.loop.script import run_script
@@ -176,7 +176,8 @@ def _say_done(directory: Path, *, as_json: bool) -> int:
     place = f" after {at.epoch} epochs, {at.step} steps" if at else ""
     value = f" | best {best.metric} {best.value:.4f} @ epoch {best.epoch + 1}" if best else ""
     print(f"{directory}: already {words}{place}{value} | nothing to do")
-    print("to train further raise the epochs in the script; if something else has changed, add --relaunch")
+    raised = "the patience" if summary.state == "stopped_early" else "the epochs"
+    print(f"to train further raise {raised} in the script; if something else has changed, add --relaunch")
     return int(ExitCode.DONE)
 
 
@@ -215,6 +216,6 @@ def _newest_generation(directory: Path) -> int:
     for name in reversed(store.names()):
         try:
             return store.manifest(name).generation
-        except DamagedSnapshotError:
+        except (DamagedSnapshotError, SnapshotGoneError):
             continue
     return 0

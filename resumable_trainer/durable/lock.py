@@ -20,6 +20,7 @@ from __future__ import annotations
 import contextlib
 import datetime
 import errno
+import fcntl
 import json
 import os
 import socket
@@ -279,6 +280,24 @@ class RunLock:
         close_after_reading(self._fd)
         self._fd = -1
         self._owner = None
+
+
+@contextlib.contextmanager
+def held_as_it_is(path: Path) -> Iterator[None]:
+    """Hold a lock file that is there, without waiting and without making anything: its maker may be removing it.
+
+    Raises:
+        BlockingIOError: Somebody holds it.
+        OSError: It is not there (any more).
+    """
+    fd = os.open(path, os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if not os.path.samestat(os.stat(path), os.fstat(fd)):
+            raise FileNotFoundError(errno.ENOENT, "it was replaced", str(path))
+        yield
+    finally:
+        close_after_reading(fd)
 
 
 def _close_all_in_child() -> None:

@@ -18,6 +18,7 @@ from resumable_trainer.durable.digest import reading
 from resumable_trainer.report.numbers import Distance, distance
 from resumable_trainer.snapshot.layout import TENSORS_SUFFIX
 from resumable_trainer.snapshot.raw import ITEM_BYTES, RawTensorFile
+from resumable_trainer.snapshot.store import still_there
 from resumable_trainer.snapshot.values import read_values
 
 if TYPE_CHECKING:
@@ -133,12 +134,15 @@ def compare(a: Selected, b: Selected) -> Difference:
 
     Raises:
         DamagedSnapshotError: A file does not hold what the format says.
+        SnapshotGoneError: One was deleted meanwhile.
     """
+    with still_there(a.path), still_there(b.path):
+        sections = _sections(a, b)
     fields_a, fields_b = a.manifest.model_dump(mode="json"), b.manifest.model_dump(mode="json")
     return Difference(
         facts=[change for name in _COMPARED for change in _values(name, fields_a[name], fields_b[name])],
         rows=_rows(a, b),
-        sections=_sections(a, b),
+        sections=sections,
         lineage=[change for name in _LINEAGE for change in _values(name, fields_a[name], fields_b[name])],
     )
 

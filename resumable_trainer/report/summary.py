@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +12,7 @@ from resumable_trainer.durable.digest import reading
 from resumable_trainer.durable.files import TEMPORARY_PREFIX
 from resumable_trainer.durable.journal import read_rows
 from resumable_trainer.durable.lock import Owner, is_alive, read_owner
-from resumable_trainer.errors import DamagedSnapshotError, NotFoundError
+from resumable_trainer.errors import DamagedSnapshotError, NotFoundError, SnapshotGoneError
 from resumable_trainer.snapshot import strict_json
 from resumable_trainer.snapshot.layout import EVENTS, RUN_JSON, RUN_LOCK, SNAPSHOTS, parse_name
 from resumable_trainer.snapshot.store import Store
@@ -70,7 +71,12 @@ def _bytes_below(path: Path) -> int:
 
 def is_run(directory: Path) -> bool:
     """Whether a directory is that of a run."""
-    return any((directory / name).exists() for name in (RUN_JSON, RUN_LOCK, SNAPSHOTS))
+    try:
+        return any((directory / name).exists() for name in (RUN_JSON, RUN_LOCK, SNAPSHOTS))
+    except OSError as error:
+        if error.errno == errno.ENAMETOOLONG:  # nothing can be there
+            return False
+        raise
 
 
 def require_run(directory: Path) -> Path:
@@ -80,7 +86,7 @@ def require_run(directory: Path) -> Path:
         NotFoundError: It is not.
     """
     if not is_run(directory):
-        what = "no run" if directory.is_dir() else "not there"
+        what = "no run" if os.access(directory, os.F_OK) else "not there"
         raise NotFoundError(
             f"{directory} is {what}", path=directory, hint="a run directory holds run.json; look below runs/"
         )
@@ -149,6 +155,8 @@ def entries(directory: Path, *, verify: bool = True) -> list[Entry]:
         manifest, reason = None, None
         try:
             manifest = store.verify(name) if verify else store.manifest(name)
+        except SnapshotGoneError:  # retention goes on while we look
+            continue
         except DamagedSnapshotError as error:
             if not os.path.lexists(store.path(name)):
                 continue  # whoever holds the run has deleted it meanwhile
@@ -161,7 +169,7 @@ def entries(directory: Path, *, verify: bool = True) -> list[Entry]:
 def _manifest_or_none(store: Store, name: str) -> Manifest | None:
     try:
         return store.manifest(name)
-    except DamagedSnapshotError:
+    except (DamagedSnapshotError, SnapshotGoneError):
         return None
 
 
@@ -188,7 +196,7 @@ def newest_valid(directory: Path) -> Manifest | None:
     for name in reversed(store.names()):
         try:
             return store.verify(name)
-        except DamagedSnapshotError:
+        except (DamagedSnapshotError, SnapshotGoneError):
             continue
     return None
 

@@ -32,6 +32,7 @@ from resumable_trainer.errors import (
 )
 from resumable_trainer.snapshot.layout import OWN_NAMES, OWN_SECTIONS, TENSORS_SUFFIX
 from resumable_trainer.snapshot.raw import ITEM_BYTES, RawTensorFile, TensorInfo
+from resumable_trainer.snapshot.store import still_there
 from resumable_trainer.snapshot.values import read_values
 
 if TYPE_CHECKING:
@@ -100,11 +101,12 @@ def export_safetensors(
     Raises:
         UnsafeValueError: The part holds more than tensors by name.
         DamagedSnapshotError: The snapshot has changed meanwhile.
+        SnapshotGoneError: It was deleted meanwhile.
         UsageError: The name is taken, or is no place for a file.
         SnapshotWriteError: The disk does not take it.
     """
     places = _places(part, read_values(source.path, source.manifest).get(part))
-    with ExitStack() as stack:
+    with still_there(source.path), ExitStack() as stack:
         opened = {
             section: stack.enter_context(RawTensorFile(source.path / f"{section}{TENSORS_SUFFIX}"))
             for section in sorted({section for section, _ in places.values()})
@@ -135,7 +137,8 @@ def export_torch(
     from resumable_trainer.snapshot.reader import Reader
     from resumable_trainer.snapshot.torch_file import write_torch_file
 
-    tree = Reader(source.path, source.manifest).section_on_cpu(part)
+    with still_there(source.path):
+        tree = Reader(source.path, source.manifest).section_on_cpu(part)
     num_bytes = source.manifest.total_bytes + _ZIP_BYTES  # at most
     with _writing(source, path, num_bytes=num_bytes, replacing=replacing, files=files) as file:
         write_torch_file(file, tree, place=part)
@@ -235,7 +238,8 @@ def _writing(
         found = room(path.parent)
         if not found.holds(num_bytes=num_bytes, files=1):
             raise OSError(errno.ENOSPC, f"it needs {num_bytes:,} bytes, {found.num_bytes or 0:,} are free")
-        with published_file(files if files is not None else Files(), path, replacing=replacing) as file:
+        files = files if files is not None else Files()
+        with published_file(files, path, replacing=replacing) as file, still_there(source.path):
             yield file
     except FileExistsError:
         raise _taken(path) from None
@@ -258,6 +262,10 @@ def _check_target(source: Selected, path: Path, *, replacing: bool) -> None:
         raise UsageError(f"{path} lies where the run {source.run} keeps its own files", path=path)
     if os.path.lexists(path) and not replacing:
         raise _taken(path)
+    if path.exists() and not path.is_file():
+        raise UsageError(
+            f"{path} is no regular file, and is not replaced by one", path=path, hint="choose another name"
+        )
 
 
 def _taken(path: Path) -> UsageError:

@@ -17,6 +17,7 @@ from resumable_trainer.errors import DamagedSnapshotError
 from resumable_trainer.snapshot.layout import RUN_JSON
 from resumable_trainer.snapshot.manifest import FileEntry
 from resumable_trainer.snapshot.new_run import new_run, now
+from resumable_trainer.snapshot.store import still_there
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -97,7 +98,7 @@ def _rows(source: Selected) -> bytes:
 
 
 def _copy(source: Path, target: Path, files: Files) -> FileEntry:
-    with reading(source) as old, NewFile(target, files=files) as new:
+    with still_there(source.parent), reading(source) as old, NewFile(target, files=files) as new:
         while chunk := old.read(_CHUNK_BYTES):
             new.write(chunk)
     return FileEntry(num_bytes=new.digest.num_bytes, digest=new.digest.digest)

@@ -135,8 +135,8 @@ def recognise(content: Any, *, mapping: Mapping[str, str] | None = None, strip: 
         found = next((key for key in keys if isinstance(_look_up(content, key), dict)), None)
         if found is not None and name not in mapping and found not in mapping.values():
             taken.take(name, found, _look_up(content, found))
-    if bare and not mapping:
-        taken.take("model", _WHOLE, content)
+    if (bare or _is_optimizer(content)) and not mapping:
+        taken.take("model" if bare else "optimizer", _WHOLE, content)
     for name, key in mapping.items():
         if key:
             taken.take(name, key, _required(content, key))
@@ -146,7 +146,7 @@ def recognise(content: Any, *, mapping: Mapping[str, str] | None = None, strip: 
             found=list(content),
             hint="say what is what with --map NAME=KEY",
         )
-    not_taken = [] if bare and not mapping else _others(content, taken.keys.values())
+    not_taken = [] if _WHOLE in taken.keys.values() else _others(content, taken.keys.values())
     parts, dropped = _stripped(taken.parts, strip)
     epoch, step = (None, None) if bare else (_number(content, _EPOCH_KEYS), _number(content, _STEP_KEYS))
     counted = {found[1] for found in (epoch, step) if found is not None}
@@ -240,6 +240,11 @@ def _digest(file: BinaryIO) -> str:
 def _is_bare(content: Mapping[Any, Any]) -> bool:
     """Whether the file is a model's state itself: tensors by name."""
     return all(isinstance(value, torch.Tensor) or str(name).endswith("_extra_state") for name, value in content.items())
+
+
+def _is_optimizer(content: Mapping[Any, Any]) -> bool:
+    """Whether the file is an optimizer's state itself."""
+    return set(content) == {"state", "param_groups"}
 
 
 def _look_up(content: Any, key: str) -> Any:

@@ -10,10 +10,12 @@ from __future__ import annotations
 import contextlib
 import datetime
 import json
+import os
 import re
 import secrets
 from typing import TYPE_CHECKING, Any
 
+from resumable_trainer.durable.digest import digest_bytes
 from resumable_trainer.durable.files import (
     TEMPORARY_PREFIX,
     Files,
@@ -23,8 +25,8 @@ from resumable_trainer.durable.files import (
     write_new_file,
 )
 from resumable_trainer.durable.filesystem import room, shortage
-from resumable_trainer.durable.lock import RunLock
-from resumable_trainer.errors import ResumableTrainerError, RunHeldError, SnapshotWriteError, UsageError
+from resumable_trainer.durable.lock import RunLock, held_as_it_is
+from resumable_trainer.errors import ResumableTrainerError, SnapshotWriteError, UsageError
 from resumable_trainer.snapshot.layout import EVENTS, METRICS, RUN_JSON, RUN_LOCK
 from resumable_trainer.snapshot.store import Store
 
@@ -36,6 +38,7 @@ if TYPE_CHECKING:
 
 _NUM_FILES = 8  # beside those of the snapshot: the run's own, and the directories
 _RUN_BYTES = 1 << 16
+_LONG_NAME_BYTES = 200
 
 
 class NewRun:
@@ -97,21 +100,30 @@ def new_run(directory: Path, *, num_bytes: int, files: Files | None = None) -> I
     files = files if files is not None else Files()
     final = directory.absolute()
     refuse_taken(final)
-    make_directories(files, final.parent)
-    _sweep(files, final)
-    _look_for_room(final, num_bytes)
-    temporary = final.with_name(f"{TEMPORARY_PREFIX}{final.name}-{secrets.token_hex(6)}")
-    files.make_directory(temporary)
+    temporary = final.with_name(f"{_stem(final)}{secrets.token_hex(6)}")
     try:
+        make_directories(files, final.parent)
+        _sweep(files, final)
+        _look_for_room(final, num_bytes)
+        files.make_directory(temporary)
         # Held under both names: nobody sweeps it meanwhile, and nobody starts it before it is whole.
-        with RunLock(temporary / RUN_LOCK, files=files).held_again():
+        with RunLock(temporary / RUN_LOCK, files=files).held_again(), _removed_after_an_error(files, temporary):
             yield NewRun(temporary, files)
             commit_directory(files, temporary, final, check=lambda: refuse_taken(final))
-    except BaseException as error:
+    except OSError as error:
+        if isinstance(error, ResumableTrainerError):
+            raise
+        raise _not_made(final, str(error)) from error
+
+
+@contextlib.contextmanager
+def _removed_after_an_error(files: Files, temporary: Path) -> Iterator[None]:
+    """Nothing stays of an attempt that fails; removed under its lock, or a sweep would get in the way."""
+    try:
+        yield
+    except BaseException:
         with contextlib.suppress(OSError):  # what stays of it is swept by the next attempt
             remove_tree(files, temporary)
-        if isinstance(error, OSError) and not isinstance(error, ResumableTrainerError):
-            raise _not_made(final, str(error)) from error
         raise
 
 
@@ -126,7 +138,7 @@ def refuse_taken(final: Path) -> None:
     Raises:
         UsageError: It is taken.
     """
-    if final.exists() or final.is_symlink():
+    if os.path.lexists(final):
         raise UsageError(
             f"{final} is there already, and a new run needs a directory of its own",
             path=final,
@@ -136,11 +148,28 @@ def refuse_taken(final: Path) -> None:
 
 def _sweep(files: Files, final: Path) -> None:
     """Remove what killed attempts at the same name have left."""
-    pattern = re.compile(re.escape(f"{TEMPORARY_PREFIX}{final.name}-") + "[0-9a-f]{12}")
+    pattern = re.compile(re.escape(_stem(final)) + "[0-9a-f]{12}")
     for entry in sorted(final.parent.iterdir()):
         if pattern.fullmatch(entry.name) and entry.is_dir() and not entry.is_symlink():
-            with contextlib.suppress(RunHeldError), RunLock(entry / RUN_LOCK, files=files).held_again():
-                remove_tree(files, entry)
+            # One that fails makes its own away at this moment, or another sweeps it too: then there is nothing to do.
+            with contextlib.suppress(OSError):
+                _remove_if_nobody_holds_it(files, entry)
+
+
+def _remove_if_nobody_holds_it(files: Files, entry: Path) -> None:
+    if not (entry / RUN_LOCK).exists():
+        # Being removed, or killed in that. A maker that has no lock yet makes the directory again.
+        remove_tree(files, entry)
+        return
+    with held_as_it_is(entry / RUN_LOCK):
+        remove_tree(files, entry)
+
+
+def _stem(final: Path) -> str:
+    """What the temporary names of a run begin with; a long name stays within the limit of file systems."""
+    name = final.name
+    is_long = len(os.fsencode(name)) > _LONG_NAME_BYTES
+    return f"{TEMPORARY_PREFIX}{digest_bytes(os.fsencode(name)) if is_long else name}-"
 
 
 def _look_for_room(final: Path, num_bytes: int) -> None:
@@ -151,5 +180,5 @@ def _look_for_room(final: Path, num_bytes: int) -> None:
 
 def _not_made(final: Path, reason: str) -> SnapshotWriteError:
     return SnapshotWriteError(
-        f"{final} was NOT made: {reason}", path=final, hint="free space, or put it on another disk"
+        f"{final} was NOT made: {reason}", path=final, hint="free space there, or put it somewhere else"
     )

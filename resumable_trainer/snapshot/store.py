@@ -9,6 +9,9 @@ Everything that changes the store belongs to the holder of the run's lock.
 
 from __future__ import annotations
 
+import contextlib
+import errno
+import os
 from typing import TYPE_CHECKING
 
 from resumable_trainer.durable.files import (
@@ -20,7 +23,7 @@ from resumable_trainer.durable.files import (
     remove_tree,
     write_new_file,
 )
-from resumable_trainer.errors import DamagedSnapshotError, NotFoundError, NoValidSnapshotError
+from resumable_trainer.errors import DamagedSnapshotError, NotFoundError, NoValidSnapshotError, SnapshotGoneError
 from resumable_trainer.snapshot.layout import (
     MANIFEST,
     METRICS,
@@ -34,7 +37,7 @@ from resumable_trainer.snapshot.manifest import from_bytes
 from resumable_trainer.snapshot.verify import read_manifest, verify
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Iterator, Sequence
     from pathlib import Path
 
     from resumable_trainer.snapshot.manifest import Manifest
@@ -77,16 +80,20 @@ class Store:
 
         Raises:
             DamagedSnapshotError: It is not exactly what was committed.
+            SnapshotGoneError: It was deleted meanwhile.
         """
-        return verify(self.path(name))
+        with still_there(self.path(name)):
+            return verify(self.path(name))
 
     def manifest(self, name: str) -> Manifest:
         """A snapshot's manifest, verified itself; the other files are not read.
 
         Raises:
             DamagedSnapshotError: The manifest is missing or damaged.
+            SnapshotGoneError: It was deleted meanwhile.
         """
-        return read_manifest(self.path(name))
+        with still_there(self.path(name)):
+            return read_manifest(self.path(name))
 
     def newest_valid(self, *, on_damage: Callable[[str, DamagedSnapshotError], None]) -> Manifest | None:
         """The newest snapshot that verifies; None only if there are none at all.
@@ -95,7 +102,9 @@ class Store:
 
         Raises:
             NoValidSnapshotError: There are snapshots, and none is valid.
+            SnapshotGoneError: One was deleted meanwhile, and of the others none is valid.
         """
+        gone: SnapshotGoneError | None = None
         damaged: list[tuple[str, DamagedSnapshotError]] = []
         for name in reversed(self.names()):
             try:
@@ -103,9 +112,14 @@ class Store:
             except DamagedSnapshotError as error:
                 damaged.append((name, error))
                 continue
+            except SnapshotGoneError as error:
+                gone = error
+                continue
             for bad, reason in damaged:
                 on_damage(bad, reason)
             return manifest
+        if gone is not None:
+            raise gone
         if damaged:
             raise self._none_valid(damaged)
         return None
@@ -156,7 +170,7 @@ class Store:
         for name in reversed(names):
             try:
                 best = self.manifest(name).best
-            except DamagedSnapshotError:
+            except (DamagedSnapshotError, SnapshotGoneError):
                 continue
             if best is None:
                 return None
@@ -242,6 +256,30 @@ class Store:
             path = parent / (f"line-{number}" if name == "line-1" else f"{name}.{number}")
             number += 1
         return path
+
+
+@contextlib.contextmanager
+def still_there(path: Path) -> Iterator[None]:
+    """Tell a snapshot that was deleted while it is read from a damaged one.
+
+    Who only looks holds no lock, and retention takes a snapshot's name away at once: then files are missing that
+    were there a moment ago, and nothing is damaged.
+
+    Raises:
+        SnapshotGoneError: Something was missing, and the whole snapshot is.
+    """
+    try:
+        yield
+    except (FileNotFoundError, DamagedSnapshotError) as error:
+        if os.path.lexists(path):
+            raise
+        gone = SnapshotGoneError(
+            f"{path} was deleted while it was read",
+            path=path,
+            hint="its run is training, and keeps newer ones; ask again",
+        )
+        gone.errno = errno.ENOENT
+        raise gone from error
 
 
 def _order(name: str) -> tuple[int, bool, int]:

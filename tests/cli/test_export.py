@@ -6,6 +6,8 @@ import collections
 import datetime
 import errno
 import json
+import os
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -31,8 +33,6 @@ from resumable_trainer.snapshot.exporting import export_safetensors, export_torc
 from resumable_trainer.snapshot.selected import select
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     from typing_extensions import Buffer
 
 EXPORTS = {"safetensors": export_safetensors, "torch": export_torch}
@@ -235,6 +235,10 @@ def test_a_name_that_is_taken_is_kept_and_overwritten_only_when_asked_for(
         assert load_file(tmp_path / name).keys() == {"weight", "bias"}
         assert (tmp_path / name).is_file()
         assert not (tmp_path / name).is_symlink()
+    os.mkfifo(tmp_path / "fifo")
+    for special in (tmp_path / "fifo", Path("/dev/null")):
+        assert main(["export", str(tmp_path / "a"), "-o", str(special), "--force"]) == 2
+        assert not special.is_file()
     assert main(["export", str(tmp_path / "none"), "-o", str(tmp_path / "x")]) == 66
     (tmp_path / "empty/snapshots").mkdir(parents=True)
     assert main(["export", str(tmp_path / "empty"), "-o", str(tmp_path / "x")]) == 66

@@ -184,6 +184,8 @@ def tensors(*names: str) -> dict[str, torch.Tensor]:
 LAYOUTS: list[tuple[str, Any, list[str], dict[str, str], list[str], tuple[int, int]]] = [
     ("usual", {"model": tensors("w"), "optimizer": {"state": {}}, "epoch": 3, "step": 30, "loss": 0.5}, [],
      {"model": "model", "optimizer": "optimizer"}, ["loss"], (3, 30)),
+    ("optimizer alone", {"state": {}, "param_groups": [{"lr": 0.1}]}, ["--epoch", "3", "--step", "7"],
+     {"optimizer": ""}, [], (3, 7)),
     ("tutorial", {"epoch": 3, "model_state_dict": tensors("w"), "optimizer_state_dict": {}, "loss": torch.ones(())},
      ["--step", "7"], {"model": "model_state_dict", "optimizer": "optimizer_state_dict"}, ["loss"], (3, 7)),
     ("lightning", {"state_dict": tensors("model.w", "model.b", "loss.w"), "optimizer_states": [{"state": {}}, {}],

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import shutil
+import threading
 from typing import TYPE_CHECKING, Any
 
 import endings
@@ -146,6 +148,36 @@ def test_a_fork_in_the_making_is_left_alone_by_another(tmp_path: Path) -> None:
     fork(select(tmp_path / "b", "latest"), tmp_path / "c")
     assert other.is_dir(), "another name's"
     assert strangers.is_dir()
+
+
+def test_a_sweep_does_not_bring_back_what_its_maker_removes(tmp_path: Path) -> None:
+    final = tmp_path / "b"
+    made = tmp_path / ".tmp-b-0123456789ab"
+    made.mkdir()
+    with RunLock(made / "run.lock").held_again():
+        sweeping = threading.Thread(target=new_run._sweep, args=(Files(), final))
+        sweeping.start()
+        sweeping.join(0.1)
+        shutil.rmtree(made)
+    sweeping.join()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_was_killed_while_it_was_removed_is_swept(tmp_path: Path) -> None:
+    Small().train(tmp_path / "a", epochs=1)
+    left = tmp_path / ".tmp-b-0123456789ab"
+    (left / "snapshots").mkdir(parents=True)
+    fork(select(tmp_path / "a", "latest"), tmp_path / "b")
+    assert not left.exists()
+
+
+def test_a_run_may_have_the_longest_name_there_is(tmp_path: Path) -> None:
+    Small().train(tmp_path / "a", epochs=1)
+    for name in ("b" * 255, "\u00e9" * 127, "a name\nof two lines"):
+        fork(select(tmp_path / "a", "latest"), tmp_path / name)
+        assert select(tmp_path / name, "latest").manifest
+    with pytest.raises(SnapshotWriteError, match=r"was NOT made.*too long"):
+        fork(select(tmp_path / "a", "latest"), tmp_path / ("b" * 256))
 
 
 def test_a_name_that_is_taken_is_refused_and_kept(tmp_path: Path) -> None:
