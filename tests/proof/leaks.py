@@ -282,16 +282,15 @@ def after_step(run, loss):
         "clock",
         "perf_counter",
     ),
-    "a kernel that races": Leak(
+    "a kernel that has a deterministic form": Leak(
         """
-places = torch.zeros(400_000, dtype=torch.long)
-values = torch.arange(400_000.0)
 def changed(x):
-    target = torch.zeros(8)
-    target[places] = values  # the last writer wins, whichever thread that is
-    return x + target[0] / 4e6
+    if torch.are_deterministic_algorithms_enabled():
+        return x
+    return x + id(object()) % 9973 / 99730  # as if added up in whatever order the threads come
 """,
         "nondeterministic_kernel",
+        "use_deterministic_algorithms",
     ),
     "addresses in memory": Leak(
         """
