@@ -25,7 +25,7 @@ _MAX_NAMES = 4
 _CLOCK_CALLS = ("time.", "datetime.", "date.")
 _LISTING_CALLS = ("os.listdir", "os.scandir")
 _ENTROPY_CALLS = ("os.urandom", "random.seed")
-_PROCESS_CALLS = ("os.getpid", "os.getppid")
+_PROCESS_CALLS = ("os.getpid", "os.getppid", "tempfile")
 _KINDS = {"generator": 0, "iterator": 1, "state": 2, "tensor": 3, "value": 4}  # what is lost, the likeliest first
 _HAND_OVER = (
     "hand it over as a part: anything with state_dict() and load_state_dict(), or keep it in a small object that has"
@@ -388,7 +388,8 @@ def _computation(evidence: Evidence) -> Cause:
     if pids:
         return Cause(
             "data_order" if evidence.divergence.data else "unseeded_generator",
-            f"the number of the process, another one at each start, may get into the training: {', '.join(pids)}",
+            "the number of the process, or the name of a temporary file, others at each start, may get into the"
+            f" training: {', '.join(pids)}",
             "take it out of whatever is computed, and seed with a number of your own",
             pids,
         )

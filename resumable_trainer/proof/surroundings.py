@@ -41,7 +41,7 @@ _A_MONTH = 30 * 86400.0
 _CLOCKS = ("time", "monotonic", "perf_counter", "process_time", "thread_time")
 _BETWEEN = (
     *("/pathlib.py", "/glob.py", "/os.py", "/datetime.py", "/_local.py", "/_abc.py", "/tempfile.py"),
-    *("/uuid.py", "/secrets.py", "/random.py", "/contextlib.py", "/functools.py"),
+    *("<frozen os>", "/uuid.py", "/secrets.py", "/random.py", "/contextlib.py", "/functools.py"),
 )
 _TALK = "/multiprocessing/"  # its processes draw to greet each other, when the scheduler wills it
 
@@ -222,7 +222,8 @@ class Surroundings:
     def _told_of(self, real: Callable[[], int], name: str) -> Callable[[], int]:
         @functools.wraps(real)
         def asked() -> int:
-            self._is_asked(name, sys._getframe(1))
+            frame = sys._getframe(1)
+            self._is_asked("tempfile" if frame.f_code.co_filename.endswith("/tempfile.py") else name, frame)
             return real()
 
         return asked

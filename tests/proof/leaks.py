@@ -176,6 +176,17 @@ data = [(inputs[i : i + 1], targets[i : i + 1]) for i in (int(n.split("-")[1]) f
         "data_order",
         "sort",
     ),
+    "a tree of directories as it is walked": Leak(
+        """
+for i in range(40):
+    Path(f"samples/{i}.txt").parent.mkdir(exist_ok=True)
+    Path(f"samples/{i}.txt").write_text(str(i))
+found = [name for _, _, names in os.walk("samples") for name in names]
+data = [(inputs[i : i + 1], targets[i : i + 1]) for i in (int(name.split(".")[0]) for name in found)]
+""",
+        "data_order",
+        "os.scandir",
+    ),
     "a directory as it is listed": Leak(
         """
 folder = Path("samples")
