@@ -28,6 +28,7 @@ from resumable_trainer.errors import (
     ResumableTrainerError,
     RunHeldError,
     SettingsError,
+    SnapshotGoneError,
     SnapshotWriteError,
     StateMismatchError,
     UsageError,
@@ -256,7 +257,7 @@ class StateManager:
         for name in reversed(self.store.names()):
             try:
                 return self.store.verify(name).generation
-            except DamagedSnapshotError:
+            except (DamagedSnapshotError, SnapshotGoneError):
                 continue
         return 0
 

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from resumable_trainer import (
+    DamagedSnapshotError,
     NotFoundError,
     NoValidSnapshotError,
     RunHeldError,
@@ -588,3 +589,11 @@ def test_memory_that_is_staged_into_is_used_again_and_only_when_the_snapshot_in_
         assert manager.stage(manager.capture()).tensors["layer"]["weight"].data_ptr() == address
         manager.restore("1")
         assert not layer.weight.any()
+
+
+def test_generators_that_nothing_here_writes_are_damage(tmp_path: Path) -> None:
+    with StateManager(tmp_path / "run", state=parts()) as manager:
+        captured = manager.capture({"generators": {"python": 3}})
+        manager.write(manager.stage(captured), Facts(Position(0, 1, 1)), background=False)
+        with pytest.raises(DamagedSnapshotError, match="holds generators, gradients or modes"):
+            manager.restore()

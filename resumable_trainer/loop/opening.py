@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from resumable_trainer.durable.digest import reading
 from resumable_trainer.durable.files import make_directories, move_directory, write_replacing
 from resumable_trainer.durable.journal import Mark, read_rows
-from resumable_trainer.errors import DamagedSnapshotError
+from resumable_trainer.errors import DamagedSnapshotError, SnapshotGoneError
 from resumable_trainer.loop import identity, launch
 from resumable_trainer.loop.cursor import BatchLoop, Cursor
 from resumable_trainer.loop.record import EMPTY_MARK_DIGEST
@@ -77,7 +77,7 @@ def known_run_id(manager: StateManager) -> str | None:
     for name in reversed(manager.store.names()):
         try:
             return manager.store.manifest(name).run_id
-        except DamagedSnapshotError:
+        except (DamagedSnapshotError, SnapshotGoneError):
             continue
     return None
 

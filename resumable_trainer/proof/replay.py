@@ -14,7 +14,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from resumable_trainer.durable.files import TEMPORARY_PREFIX, Files, remove_tree
-from resumable_trainer.errors import DamagedSnapshotError, ExitCode, NotFoundError, ResumableTrainerError
+from resumable_trainer.errors import (
+    DamagedSnapshotError,
+    ExitCode,
+    NotFoundError,
+    ResumableTrainerError,
+    SnapshotGoneError,
+)
 from resumable_trainer.proof.nursery import Nursery
 from resumable_trainer.proof.trial import Kill, Trial
 from resumable_trainer.proof.trials import sweep
@@ -67,7 +73,7 @@ def stretch(run: Path, which: str | None) -> tuple[Selected, Selected]:
             hint="name an earlier one with --from, or let the run train on",
         )
     for name in reversed(store.names()):
-        with contextlib.suppress(DamagedSnapshotError):
+        with contextlib.suppress(DamagedSnapshotError, SnapshotGoneError):
             follower = _follower(store, name)
             if follower is not None:
                 return select(run, name), select(run, follower)
@@ -82,7 +88,7 @@ def _follower(store: Store, name: str) -> str | None:
     """The nearest snapshot that comes after `name` and verifies; what retention has taken from between is no matter."""
     names = store.names()
     for later in names[names.index(name) + 1 :]:
-        with contextlib.suppress(DamagedSnapshotError):
+        with contextlib.suppress(DamagedSnapshotError, SnapshotGoneError):
             return store.verify(later).name
     return None
 

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 
 from resumable_trainer.durable.files import remove_tree
 from resumable_trainer.durable.filesystem import room, shortage
-from resumable_trainer.errors import DamagedSnapshotError, RunHeldError
+from resumable_trainer.errors import DamagedSnapshotError, RunHeldError, SnapshotGoneError
 from resumable_trainer.snapshot.retention import kept_of
 from resumable_trainer.snapshot.writer import encode_values, size, write_files
 
@@ -193,7 +193,7 @@ class Committer:
             for name in self._store.names():
                 try:
                     kept.append(kept_of(self._store.manifest(name)))
-                except DamagedSnapshotError:
+                except (DamagedSnapshotError, SnapshotGoneError):
                     continue  # stays where it is: retention deletes only what it can read
             self._kept = kept
         return self._kept

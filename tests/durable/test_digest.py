@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import errno
 import os
+from types import SimpleNamespace
 from typing import TYPE_CHECKING
 
 import pytest
@@ -111,3 +112,15 @@ def test_reading_leaves_no_descriptor_open_whatever_ends_it(tmp_path: Path, monk
         with pytest.raises(OSError, match="Input/output error"):
             digest_file(tmp_path / "f")
     assert len(os.listdir("/proc/self/fd")) == before
+
+
+def test_a_sparse_giant_is_refused_and_a_file_with_holes_is_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "sparse"
+    with path.open("wb") as file:
+        file.truncate(1 << 20)
+    assert digest_file(path).num_bytes == 1 << 20
+    monkeypatch.setattr(os, "statvfs", lambda path: SimpleNamespace(f_blocks=10, f_frsize=4096))
+    with pytest.raises(ValueError, match="more than the file system that it lies on"):
+        digest_file(path)

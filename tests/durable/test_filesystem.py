@@ -145,3 +145,9 @@ def test_only_on_a_network_do_local_locks_endanger_a_run() -> None:
     local = filesystem.FileSystem("nfs4", Path("/a"), frozenset({"rw", "nolock"}))
     disk = filesystem.FileSystem("ext4", Path("/a"), frozenset({"rw", "nolock"}))
     assert [place.locks_are_local for place in (shared, local, disk)] == [False, True, False]
+
+
+def test_what_is_neither_a_file_nor_a_directory_is_refused_in_a_run_s_own_places(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "run.json")
+    with pytest.raises(SettingsError, match=r"run\.json is a FIFO"):
+        filesystem.refuse_links(tmp_path, ("run.json", "run.lock"))

@@ -583,3 +583,19 @@ def test_a_run_that_was_held_again_is_let_go_at_the_end_of_the_block_whatever_en
     assert other.acquire().generation == 1
     other.release()
     assert len(os.listdir("/proc/self/fd")) == before
+
+
+def test_a_lock_file_that_was_replaced_between_opening_and_locking_is_not_held(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, flock = tmp_path / "run.lock", fcntl.flock
+    path.touch()
+
+    def too_late(fd: int, how: int) -> None:
+        path.unlink()
+        path.touch()
+        flock(fd, how)
+
+    monkeypatch.setattr(fcntl, "flock", too_late)
+    with pytest.raises(FileNotFoundError, match="replaced"), lock_module.held_as_it_is(path):
+        raise AssertionError("it was held")

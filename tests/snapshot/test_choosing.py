@@ -8,10 +8,11 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
-from resumable_trainer.durable.digest import digest_bytes
-from resumable_trainer.durable.files import Files
-from resumable_trainer.errors import DamagedSnapshotError, NotFoundError, ResumableTrainerError
+from resumable_trainer.durable.digest import digest_bytes, digest_file
+from resumable_trainer.durable.files import Files, NewFile
+from resumable_trainer.errors import DamagedSnapshotError, NotFoundError, ResumableTrainerError, SnapshotGoneError
 from resumable_trainer.snapshot import manifest as manifests
 from resumable_trainer.snapshot import strict_json, values
 from resumable_trainer.snapshot.layout import Position, snapshot_name
@@ -20,8 +21,8 @@ from resumable_trainer.snapshot.raw import RawTensorFile
 from resumable_trainer.snapshot.reader import Reader
 from resumable_trainer.snapshot.selected import select
 from resumable_trainer.snapshot.store import Store
-from resumable_trainer.snapshot.tensors import TensorFile
-from resumable_trainer.snapshot.tree import flatten
+from resumable_trainer.snapshot.tensors import TensorFile, write_tensors
+from resumable_trainer.snapshot.tree import flatten, unflatten
 from resumable_trainer.snapshot.writer import encode_values, write_files
 
 if TYPE_CHECKING:
@@ -333,3 +334,59 @@ def test_a_tensor_file_that_becomes_shorter_while_it_is_read_is_an_error_and_no_
             shortened.truncate(path.stat().st_size - 1)
         with pytest.raises(DamagedSnapshotError, match="ends too early"):
             file.read("w")
+
+
+# -- what is deleted while one looks, and what is signed and wrong all the same ----------------------
+
+
+def test_snapshots_deleted_while_one_looks_are_passed_over(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    name = save(store, 1)
+    monkeypatch.setattr(store, "names", lambda: [name, "step-000000002"])
+    found = store.newest_valid(on_damage=lambda name, error: pytest.fail(f"{name}: {error}"))
+    assert found is not None
+    assert found.name == name
+    monkeypatch.setattr(store, "names", lambda: ["step-000000002"])
+    with pytest.raises(SnapshotGoneError, match="was deleted while it was read"):
+        store.newest_valid(on_damage=lambda name, error: None)
+
+
+def test_a_manifest_of_another_position_than_its_name_says_is_damage(store: Store) -> None:
+    name = save(store, 1)
+    told = store.verify(name).model_copy(update={"position": PositionFields(epoch=0, batch=0, step=7)})
+    (store.path(name) / "manifest.json").write_bytes(told.to_bytes())
+    with pytest.raises(DamagedSnapshotError, match="speaks of another position: epoch 0, step 7"):
+        store.verify(name)
+
+
+def test_a_tensor_spoken_of_in_ways_that_are_never_written_is_damage() -> None:
+    with pytest.raises(ValueError, match="in a way that is never written"):
+        unflatten({"part": {"$tensor": ["part", "w"], "colour": "red"}}, lambda section, name: torch.zeros(2))
+
+
+def test_keys_made_to_have_one_hash_are_refused_before_they_cost_time() -> None:
+    prime = 2**61 - 1  # the modulus of the hashes of integers (CPython on 64 bits)
+    pairs = [[{"$int": hex(prime * number)}, 0] for number in range(2000)]
+    with pytest.raises(ValueError, match="keys of the same hash"):
+        unflatten({"part": {"$dict": pairs}}, lambda section, name: torch.zeros(2))
+
+
+def test_small_and_large_tensors_are_written_together_as_the_layout_says(tmp_path: Path) -> None:
+    large = torch.arange(400_000, dtype=torch.float32)
+    tensors = {
+        "a": torch.ones(3),
+        "b": large,
+        "c": torch.empty(0),
+        "d": torch.arange(5),
+        "e": large + 1,
+        "f": large[:9],
+    }
+    tensors |= {f"small.{number}": torch.full((60_000,), float(number)) for number in range(9)}
+    path = tmp_path / "t.safetensors"
+    with NewFile(path, files=Files()) as file:
+        write_tensors(file, tensors)
+    assert file.digest == digest_file(path)
+    library = load_file(path)
+    assert all(torch.equal(library[name], tensor) for name, tensor in tensors.items())
+    with NewFile(tmp_path / "last.safetensors", files=Files()) as file:
+        write_tensors(file, {"a": large, "b": torch.empty(0)})
+    assert torch.equal(load_file(tmp_path / "last.safetensors")["a"], large)
