@@ -60,7 +60,7 @@ def measure(bench: Bench, groups: dict[str, Callable[[Bench], Iterator[Row]]]) -
     report.facts["form"] = "quick" if bench.quick else "full"
     report.facts["threads"] = "1, unless a row says otherwise"
     report.facts["load at start"] = machine.load()
-    for name, group in {"machine": machine.limits, **groups}.items():
+    for name, group in groups.items():
         started = time.perf_counter()
         try:
             snapshots.check_disk(bench)
@@ -80,7 +80,8 @@ def main() -> None:
     root.mkdir(exist_ok=True)
     started = time.perf_counter()
     with tempfile.TemporaryDirectory(prefix="bench-", dir=root, ignore_cleanup_errors=True) as scratch:
-        report = measure(Bench(Path(scratch), args.quick, lambda line: print(f"-- {line}", flush=True)), groups)
+        bench = Bench(Path(scratch), args.quick, lambda line: print(f"-- {line}", flush=True))
+        report = measure(bench, {"machine": machine.limits, **groups})
     report.facts["took"] = f"{(time.perf_counter() - started) / 60:.1f} minutes"
     print(f"\n{report.text()}")
     if args.json is not None:

@@ -34,7 +34,7 @@ def _snapshots(bench: Bench, reason: str | None) -> Iterator[Row]:
     against_dcp, alone = Goal(1 / 10), Goal(_LAUNCH_SECONDS)
     if reason is not None:
         yield Row("gpu", what, goal=against_dcp, skipped=reason)
-        yield Row("gpu", f"{what}, beyond launch", goal=alone, skipped=reason)
+        yield Row("gpu", f"{what}, beyond launch", comparison="difference", goal=alone, skipped=reason)
         return
     m = bench.in_child("gpu:measure_snapshots", threads=1, rounds=bench.pick(9, 3))
     own = Side("own", m["own"], durability="synced and verified")
@@ -53,13 +53,13 @@ def measure_snapshots(laps: Laps, *, rounds: int, directory: str) -> None:
     dcp = Distributed(Path(directory), model, optimizer, async_stager=pinned)
     copies = [tensor.clone() for tensor in jobs.tensors_of(model, optimizer)]
 
-    def arm(name: str, saver: Any, finish: Any) -> Mapping[str, float]:
+    def arm(name: str, saver: Any) -> Mapping[str, float]:
         jobs.train_once(optimizer)
         torch.cuda.synchronize()
         begun = time.perf_counter()
-        pending = saver.begin()
+        saver.begin()
         taken = time.perf_counter() - begun
-        finish(pending)
+        saver.finish()
         settle([saver])
         return {name: taken}
 
@@ -71,8 +71,8 @@ def measure_snapshots(laps: Laps, *, rounds: int, directory: str) -> None:
         return {"launch": time.perf_counter() - begun}
 
     arms = [
-        lambda: arm("own", own, lambda pending: own.manager.wait()),
-        lambda: arm("dcp", dcp, lambda future: future.result()),
+        lambda: arm("own", own),
+        lambda: arm("dcp", dcp),
         launch,
     ]
     laps.turn(alternately(arms, rounds=rounds, warmup=2))
@@ -83,7 +83,7 @@ def _graph(bench: Bench, reason: str | None) -> Iterator[Row]:
     if reason is None and not jobs.can_compile():
         reason = "not built yet: Trainer has no compile="
     if reason is not None:
-        yield Row("gpu", what, goal=goal, skipped=reason)
+        yield Row("gpu", what, comparison="times faster", goal=goal, skipped=reason)
         return
     workers = {}
     for kind in ("compiled", "DataLoader"):

@@ -15,6 +15,7 @@ from benchmarks.timing import Bench, Worker, in_lockstep, started
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
+    from benchmarks.table import Comparison
     from benchmarks.timing import Measured
 
 _THREADS = 1
@@ -87,15 +88,17 @@ def _row(
     group: str, what: str, measured: Measured, failed: dict[str, str], ours: str, theirs: str, goal: Goal | None
 ) -> Row:
     names = {"hand-written": _BARE, "DataLoader": "hand-written + DataLoader"}
+    comparison: Comparison = "times faster" if goal is not None and goal.at_least else "ratio"
     for name in (ours, theirs):
         if name in failed:
-            return Row(group, what, theirs=None, goal=goal, skipped=f"{names.get(name, name)}: {failed[name]}")
+            reason = f"{names.get(name, name)}: {failed[name]}"
+            return Row(group, what, comparison=comparison, goal=goal, skipped=reason)
     return Row(
         group,
         what,
         Side(ours, measured[ours], durability="synced and verified"),
         Side(names.get(theirs, theirs), measured[theirs], durability="nothing saved"),
-        comparison="times faster" if goal is not None and goal.at_least else "ratio",
+        comparison=comparison,
         goal=goal,
     )
 

@@ -42,13 +42,17 @@ class Own:
         started = time.perf_counter()
         self.begin()
         stalled = time.perf_counter() - started
-        self.manager.wait()
+        self.finish()
         return stalled, time.perf_counter() - started
 
     def begin(self) -> Any:
         """Take a snapshot in the background; what stands for it."""
         self._step += 1
         return self.manager.snapshot(epoch=0, batch=self._step, step=self._step)
+
+    def finish(self) -> None:
+        """Wait until it is durable."""
+        self.manager.wait()
 
     def tidy(self) -> None:
         """Remove all snapshots but the newest."""
@@ -65,11 +69,18 @@ class TorchSave:
     def save(self) -> tuple[float, float]:
         """(stall, time to durable): the same, as it saves in the foreground."""
         started = time.perf_counter()
+        self.begin()
+        taken = time.perf_counter() - started
+        return taken, taken
+
+    def begin(self) -> None:
+        """Save, all of it."""
         torch.save(content(self._model, self._optimizer), self.path)
         sync(self.path)
         sync(self.path.parent)
-        taken = time.perf_counter() - started
-        return taken, taken
+
+    def finish(self) -> None:
+        """Nothing is left to do."""
 
     def tidy(self) -> None:
         """Remove the file."""
@@ -82,23 +93,28 @@ class Distributed:
     def __init__(self, directory: Path, model: nn.Module, optimizer: torch.optim.Optimizer, **settings: Any) -> None:
         self._directory, self._model, self._optimizer = directory, model, optimizer
         self._settings, self._number = settings, 0
+        self._future: Any = None
 
     def save(self) -> tuple[float, float]:
         """(stall, time to durable) of one checkpoint."""
         started = time.perf_counter()
-        future = self.begin()
+        self.begin()
         stalled = time.perf_counter() - started
-        future.result()
+        self.finish()
         return stalled, time.perf_counter() - started
 
-    def begin(self) -> Any:
-        """Begin a checkpoint; its future."""
+    def begin(self) -> None:
+        """Begin a checkpoint in the background."""
         import torch.distributed.checkpoint as dcp
 
         self._number += 1
         target = self._directory / f"step-{self._number}"
         response = dcp.async_save(content(self._model, self._optimizer), checkpoint_id=target, **self._settings)
-        return getattr(response, "upload_completion", response)
+        self._future = getattr(response, "upload_completion", response)
+
+    def finish(self) -> None:
+        """Wait until it is durable."""
+        self._future.result()
 
     def tidy(self) -> None:
         """Remove all checkpoints."""

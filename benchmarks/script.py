@@ -1,8 +1,8 @@
 """A training as a user writes it, to be killed and started again: `script.py KIND DIRECTORY EPOCHS`.
 
 The kinds are the same job, with a checkpoint each epoch, in the loops of different projects. Tells on the file
-descriptor in BENCH_TELL, if there is one: "ready" before the first step, "first" after it, "epoch" at each epoch's end,
-and a digest of the parameters at the end; each with the clock that all processes share.
+descriptor in BENCH_TELL, if there is one: "ready" before the first step, "first" after it, "epoch" as each begins, a
+digest of the parameters at the end; each with the clock that all processes share.
 """
 
 from __future__ import annotations
@@ -63,10 +63,10 @@ def own(directory: str, epochs: int) -> nn.Module:
     optimizer = adam(model)
     with Run(directory, state={"model": model, "optimizer": optimizer}, progress=False) as run:
         for _ in run.epochs(epochs):
+            tell("epoch")
             for inputs, labels in run.batches(data, batch_size=CLASSIC.batch_size, shuffle=True):
                 run.log(loss=step(model, optimizer, inputs, labels))
                 first()
-            tell("epoch")
     return model
 
 
