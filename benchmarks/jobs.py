@@ -85,7 +85,7 @@ def step(model: nn.Module, optimizer: torch.optim.Optimizer, inputs: torch.Tenso
 
 
 def batch_size_for(job: Job, seconds: float) -> int:
-    """The batch size with which a step takes so long here and now."""
+    """The batch size with which a step takes so long, by the fastest of some: others may use the machine, too."""
     model = job.model()
     optimizer = adam(model)
     batch = job.batch_size
@@ -96,7 +96,7 @@ def batch_size_for(job: Job, seconds: float) -> int:
             started = time.perf_counter()
             step(model, optimizer, inputs, labels)
             taken.append(time.perf_counter() - started)
-        batch = max(8, round(batch * seconds / sorted(taken)[len(taken) // 2] / 8) * 8)
+        batch = max(8, round(batch * seconds / min(taken) / 8) * 8)
     return batch
 
 

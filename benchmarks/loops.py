@@ -31,7 +31,7 @@ def classic(bench: Bench) -> Iterator[Row]:
     kinds = ["hand-written", "own loop", "Trainer", "own loop, no snapshots", "DataLoader"]
     kinds += ["compiled"] if jobs.can_compile() else []
     here = [*kinds, *(name for name in peers.PEERS if name not in missing)]
-    measured, failed = _epochs(bench, "classic", here, epochs=5, rounds=bench.pick(31, 9))
+    measured, failed = _epochs(bench, "classic", here, epochs=5, rounds=bench.pick(31, 5))
     failed |= missing
     if not jobs.can_compile():
         failed["compiled"] = "not built yet: Trainer has no compile="
@@ -49,7 +49,7 @@ def classic(bench: Bench) -> Iterator[Row]:
 def wide(bench: Bench) -> Iterator[Row]:
     """60k x 64 floats, batch 256, about 50,000 parameters: what gathering whole batches is worth."""
     kinds = ["own loop", "hand-written", "DataLoader"]
-    measured, failed = _epochs(bench, "wide", kinds, epochs=1, rounds=bench.pick(11, 5))
+    measured, failed = _epochs(bench, "wide", kinds, epochs=1, rounds=bench.pick(11, 3))
     what = "own loop: 60k x 64 floats, batch 256 (64-256-128-1), time per epoch"
     yield _row("wide", what, measured, failed, "own loop", "DataLoader", Goal(3.0, at_least=True))
     yield _row("wide", what, measured, failed, "own loop", "hand-written", None)
@@ -59,7 +59,7 @@ def long_steps(bench: Bench) -> Iterator[Row]:
     """Steps of 5 ms of real matrix work: what is left of the loop's own cost."""
     batch = bench.in_child("loops:calibrate", threads=_THREADS)
     kinds = ["own loop", "Trainer", "hand-written"]
-    measured, failed = _epochs(bench, "long", kinds, epochs=1, rounds=bench.pick(15, 5), batch_size=int(batch))
+    measured, failed = _epochs(bench, "long", kinds, epochs=1, rounds=bench.pick(15, 3), batch_size=int(batch))
     for ours in ("own loop", "Trainer"):
         what = f"{ours}: 100 steps of 5 ms (512-512-512-512-1, batch {batch}), time per epoch"
         yield _row("long", what, measured, failed, ours, "hand-written", Goal(1.01))

@@ -6,6 +6,7 @@ A stall is the time taken from the training thread. Every group runs in a proces
 from __future__ import annotations
 
 import os
+import shutil
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -120,7 +121,7 @@ def measure_small(laps: Laps, *, epochs: int, directory: str) -> None:
 
 def interference(bench: Bench) -> Iterator[Row]:
     """Steps of 5 ms while a large snapshot is written beside them, with one thread and with one for each core."""
-    for threads in sorted({1, CORES}):
+    for threads in (1,) if bench.quick else sorted({1, CORES}):
         m = bench.in_child(
             "snapshots:measure_interference", threads=threads, num_bytes=big_bytes(bench), rounds=bench.pick(7, 3)
         )
@@ -245,36 +246,29 @@ def measure_tensors(laps: Laps, *, num_bytes: int, rounds: int, directory: str) 
 
 
 def memory(bench: Bench) -> Iterator[Row]:
-    """Peak of resident memory that snapshots and a restore add to a training, against the state's size."""
-    limit = Goal(1.05)
-    for kind in ("own",) if bench.quick else ("own", "torch.save + sync", "DCP async_save"):
-        found = []
-        for _ in range(bench.pick(3, 1)):
-            found.append(bench.in_child("snapshots:measure_memory", threads=1, num_bytes=big_bytes(bench), kind=kind))
-        if None in found:
-            yield Row(
-                "memory", f"extra memory, {kind}", goal=limit, skipped="this system has no peak that can be reset"
-            )
-            continue
-        state = Side("state", tuple(each["state"] for each in found), "B")
+    """Peak of resident memory that snapshots add to a training, and a restore to a fresh process, against the state."""
+    size, kinds = big_bytes(bench), ("own",) if bench.quick else ("own", "torch.save + sync", "DCP async_save")
+    found: dict[tuple[str, str], list[Any]] = {}
+    for kind in [kind for _ in range(bench.pick(3, 1)) for kind in kinds]:
+        run = bench.directory("memory")
+        settings = {"num_bytes": size, "kind": kind, "run": run}
         for name in ("saving", "restoring") if kind == "own" else ("saving",):
-            extra = Side(kind, tuple(each[name] for each in found), "B")
-            yield Row(
-                "memory", f"extra memory while {name}: {kind}", extra, state, goal=limit if kind == "own" else None
-            )
+            extra = bench.in_child(f"snapshots:measure_memory_{name}", threads=1, **settings)
+            found.setdefault((name, kind), []).append(extra)
+        shutil.rmtree(run)
+    for (name, kind), extras in found.items():
+        what, goal = f"extra memory while {name}: {kind}", Goal(1.05) if kind == "own" else None
+        if None in extras:
+            yield Row("memory", what, goal=goal, skipped="this system has no peak of memory that can be reset")
+            continue
+        state = Side("state", tuple(each["state"] for each in extras), "B")
+        yield Row("memory", what, Side(kind, tuple(each["extra"] for each in extras), "B"), state, goal=goal)
 
 
-def measure_memory(laps: Laps, *, num_bytes: int, kind: str, directory: str) -> None:
+def measure_memory_saving(laps: Laps, *, num_bytes: int, kind: str, run: str, directory: str) -> None:
     """For a child: the peak of a training with snapshots in flight, less that of the same without."""
-    root = Path(directory)
     model, optimizer = jobs.big_state(num_bytes)
-
-    savers: dict[str, Callable[[], Any]] = {
-        "own": lambda: Own(root / "own", {"model": model, "optimizer": optimizer}),
-        "torch.save + sync": lambda: TorchSave(root, model, optimizer),
-        "DCP async_save": lambda: Distributed(root, model, optimizer),
-    }
-    saver = savers[kind]()
+    saver = _saver(kind, Path(run), model, optimizer)
 
     def train(save: Callable[[], Any] = lambda: None, finish: Callable[[], Any] = lambda: None) -> None:
         for _ in range(3):
@@ -283,35 +277,49 @@ def measure_memory(laps: Laps, *, num_bytes: int, kind: str, directory: str) -> 
                 jobs.train_once(optimizer)
             finish()
 
-    if kind == "DCP async_save":
-        import torch.distributed.checkpoint  # noqa: F401 - its code is no memory of a snapshot
     train()
-    try:
-        without = peak_of(train)
-    except OSError:
-        laps.turn(None)
-        return
-    found = {"state": jobs.num_bytes_of(jobs.tensors_of(model, optimizer))}
-    found["saving"] = peak_of(lambda: train(saver.begin, saver.finish)) - without
+    without, with_saves = peak_of(train), peak_of(lambda: train(saver.begin, saver.finish))
+    laps.turn(_extra(with_saves, without, model, optimizer))
+
+
+def measure_memory_restoring(laps: Laps, *, num_bytes: int, kind: str, run: str, directory: str) -> None:
+    """For a child that has never saved: the peak of a restore, less what is resident before it."""
+    model, optimizer = jobs.big_state(num_bytes)
+    saver = _saver(kind, Path(run), model, optimizer)
+    resident = peak_of(lambda: None)
+    laps.turn(_extra(peak_of(saver.manager.restore), resident, model, optimizer))
+
+
+def _saver(kind: str, root: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> Any:
     if kind == "own":
-        before = int(_status()["VmRSS"].split()[0]) * 1024
-        found["restoring"] = max(0, peak_of(saver.manager.restore) - before)
-    laps.turn(found)
+        return Own(root, {"model": model, "optimizer": optimizer})
+    if kind == "torch.save + sync":
+        return TorchSave(root, model, optimizer)
+    import torch.distributed.checkpoint  # noqa: F401 - its code is no memory of a snapshot
+
+    return Distributed(root, model, optimizer)
 
 
-def peak_of(act: Any) -> int:
-    """Largest resident memory of this process during a call, in bytes.
+def _extra(
+    peak: int | None, without: int | None, model: nn.Module, optimizer: torch.optim.Optimizer
+) -> dict[str, int] | None:
+    if peak is None or without is None:
+        return None
+    return {"extra": peak - without, "state": jobs.num_bytes_of(jobs.tensors_of(model, optimizer))}
 
-    Raises:
-        OSError: This system cannot reset what it remembers.
+
+def peak_of(act: Callable[[], object]) -> int | None:
+    """Largest resident memory of this process during a call, in bytes; None where the system cannot tell.
+
+    Pages of files that it has mapped count, too.
     """
-    Path("/proc/self/clear_refs").write_text("5")
+    try:
+        Path("/proc/self/clear_refs").write_text("5")
+    except OSError:
+        return None
     act()
-    return int(_status()["VmHWM"].split()[0]) * 1024
-
-
-def _status() -> dict[str, str]:
-    return dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+    status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+    return int(status["VmHWM"].split()[0]) * 1024
 
 
 def check_disk(bench: Bench) -> None:
