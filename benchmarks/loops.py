@@ -31,7 +31,7 @@ def classic(bench: Bench) -> Iterator[Row]:
     kinds = ["hand-written", "own loop", "Trainer", "own loop, no snapshots", "DataLoader"]
     kinds += ["compiled"] if jobs.can_compile() else []
     here = [*kinds, *(name for name in peers.PEERS if name not in missing)]
-    measured, failed = _epochs(bench, "classic", here, epochs=5, rounds=bench.pick(31, 5))
+    measured, failed = _epochs(bench, "classic", here, epochs=5, rounds=bench.pick(21, 5))
     failed |= missing
     if not jobs.can_compile():
         failed["compiled"] = "not built yet: Trainer has no compile="
@@ -61,7 +61,7 @@ def long_steps(bench: Bench) -> Iterator[Row]:
     kinds = ["own loop", "Trainer", "hand-written"]
     measured, failed = _epochs(bench, "long", kinds, epochs=1, rounds=bench.pick(15, 3), batch_size=int(batch))
     for ours in ("own loop", "Trainer"):
-        what = f"{ours}: 100 steps of 5 ms (512-512-512-512-1, batch {batch}), time per epoch"
+        what = f"{ours}: 100 steps of 5 ms (256-256-256-256-1, batch {batch}), time per epoch"
         yield _row("long", what, measured, failed, ours, "hand-written", Goal(1.01))
 
 
