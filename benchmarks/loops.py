@@ -1,0 +1,120 @@
+"""Time per epoch: the classic job, 60k x 64 floats, steps of 5 ms. Each arm trains in its own process, in lockstep.
+
+Ours has all features on and pays for the snapshot of every epoch; what it is held against saves nothing.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from benchmarks import jobs, peers
+from benchmarks.table import Goal, Row, Side
+from benchmarks.timing import Bench, Worker, in_lockstep, started
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+    from benchmarks.table import Comparison
+    from benchmarks.timing import Measured
+
+_THREADS = 1
+_BARE = "hand-written, no features"
+_CLASSIC = "classic job, time per epoch"
+_PEER_GOALS = {"DataLoader": 1.2, "Ignite": 1.3, "Accelerate": 1.6, "HF Trainer": 2.2, "Lightning": 4.0}
+_STEP_SECONDS = 0.005
+
+
+def classic(bench: Bench) -> Iterator[Row]:
+    """The classic job against the bare loop, with a DataLoader, and in peers' loops; and what its snapshots take."""
+    missing = {name: reason for name in peers.PEERS if (reason := peers.why_not(name))}
+    kinds = ["hand-written", "own loop", "Trainer", "own loop, no snapshots", "DataLoader"]
+    kinds += ["compiled"] if jobs.can_compile() else []
+    here = [*kinds, *(name for name in peers.PEERS if name not in missing)]
+    measured, failed = _epochs(bench, "classic", here, epochs=5, rounds=bench.pick(21, 5))
+    failed |= missing
+    if not jobs.can_compile():
+        failed["compiled"] = "not built yet: Trainer has no compile="
+
+    yield _row("classic", f"own loop: {_CLASSIC}", measured, failed, "own loop", "hand-written", Goal(1.05))
+    yield _row("classic", f"Trainer: {_CLASSIC}", measured, failed, "Trainer", "hand-written", Goal(1.05))
+    yield _row("classic", f"Trainer(compile=True): {_CLASSIC}", measured, failed, "compiled", "hand-written", Goal(0.4))
+    for ours in ("own loop", "Trainer"):
+        for name, limit in _PEER_GOALS.items():
+            what = f"{ours}: {_CLASSIC}"
+            yield _row("classic", what, measured, failed, ours, name, Goal(limit, at_least=True))
+    yield _snapshots_part(measured, failed)
+
+
+def wide(bench: Bench) -> Iterator[Row]:
+    """60k x 64 floats, batch 256, about 50,000 parameters: what gathering whole batches is worth."""
+    kinds = ["own loop", "hand-written", "DataLoader"]
+    measured, failed = _epochs(bench, "wide", kinds, epochs=1, rounds=bench.pick(11, 3))
+    what = "own loop: 60k x 64 floats, batch 256 (64-256-128-1), time per epoch"
+    yield _row("wide", what, measured, failed, "own loop", "DataLoader", Goal(3.0, at_least=True))
+    yield _row("wide", what, measured, failed, "own loop", "hand-written", None)
+
+
+def long_steps(bench: Bench) -> Iterator[Row]:
+    """Steps of 5 ms of real matrix work: what is left of the loop's own cost."""
+    batch = bench.in_child("loops:calibrate", threads=_THREADS)
+    kinds = ["own loop", "Trainer", "hand-written"]
+    measured, failed = _epochs(bench, "long", kinds, epochs=1, rounds=bench.pick(15, 3), batch_size=int(batch))
+    for ours in ("own loop", "Trainer"):
+        what = f"{ours}: 100 steps of 5 ms (256-256-256-256-1, batch {batch}), time per epoch"
+        yield _row("long", what, measured, failed, ours, "hand-written", Goal(1.01))
+
+
+def calibrate(laps: object, *, directory: str) -> None:
+    """For a child: the batch size with which a step takes 5 ms."""
+    laps.turn(jobs.batch_size_for(jobs.LONG, _STEP_SECONDS))  # type: ignore[attr-defined]
+
+
+def _epochs(
+    bench: Bench, job: str, kinds: Sequence[str], *, epochs: int, rounds: int, batch_size: int | None = None
+) -> tuple[Measured, dict[str, str]]:
+    workers = {}
+    for kind in kinds:
+        directory = bench.directory(f"{job}-{kind}")
+        settings = {"kind": kind, "job": job, "epochs": epochs, "directory": directory, "batch_size": batch_size}
+        target = "peers:arm" if kind in peers.PEERS else "jobs:arm"
+        log = Path(directory).with_suffix(".log")
+        workers[kind] = Worker(target, settings=settings, threads=_THREADS, log=log)
+    with started(workers):
+        return in_lockstep(workers, rounds=rounds)
+
+
+def _row(
+    group: str, what: str, measured: Measured, failed: dict[str, str], ours: str, theirs: str, goal: Goal | None
+) -> Row:
+    names = {"hand-written": _BARE, "DataLoader": "hand-written + DataLoader"}
+    comparison: Comparison = "times faster" if goal is not None and goal.at_least else "ratio"
+    for name in (ours, theirs):
+        if name in failed:
+            reason = f"{names.get(name, name)}: {failed[name]}"
+            return Row(group, what, comparison=comparison, goal=goal, skipped=reason)
+    return Row(
+        group,
+        what,
+        Side(ours, measured[ours], durability="synced and verified"),
+        Side(names.get(theirs, theirs), measured[theirs], durability="nothing saved"),
+        comparison=comparison,
+        goal=goal,
+    )
+
+
+def _snapshots_part(measured: Measured, failed: dict[str, str]) -> Row:
+    what = "classic job: all that a snapshot each epoch adds to an epoch of the own loop"
+    with_them, without = "own loop", "own loop, no snapshots"
+    for name in (with_them, without):
+        if name in failed:
+            return Row("classic", what, goal=Goal(0.02), skipped=failed[name])
+    added = tuple(a - b for a, b in zip(measured[with_them], measured[without], strict=True))
+    return Row(
+        "classic",
+        what,
+        Side("added", added, durability="synced and verified"),
+        Side("its epoch", measured[without]),
+        goal=Goal(0.02),
+        note="the difference of two epochs: waits for the snapshot before and the writer's share of the cores included",
+    )
