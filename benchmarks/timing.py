@@ -190,6 +190,13 @@ def started(workers: Mapping[str, Worker]) -> Iterator[None]:
 
 
 def with_threads(threads: int) -> dict[str, str]:
-    """The environment of a child that is to use so many threads."""
+    """The environment of a child that is to use so many threads, and finds the package and these modules."""
     count = str(threads)
-    return {**os.environ, "OMP_NUM_THREADS": count, "MKL_NUM_THREADS": count, "OPENBLAS_NUM_THREADS": count}
+    paths = os.pathsep.join(filter(None, [str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH")]))
+    return {
+        **os.environ,
+        "PYTHONPATH": paths,
+        "OMP_NUM_THREADS": count,
+        "MKL_NUM_THREADS": count,
+        "OPENBLAS_NUM_THREADS": count,
+    }
