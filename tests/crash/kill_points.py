@@ -39,13 +39,13 @@ class _Points:
         while True:
             outcome = bench.act(_kill_at(at))
             fault = f"killed before {outcome.calls[-1]}, call {at}" if outcome.was_met else "not killed"
-            if self._twice and outcome.was_met and chance.random() < 0.5:
-                fault += self._kill_the_next_start(bench, chance)
-                count.add("recoveries killed too", [])
-                count.tried -= 1  # one try with two kills
             count.add(bench.scenario, bench.judge(outcome, fault) + _unfinished(bench, outcome))
             if not outcome.was_met:
                 return count
+            if self._twice:
+                outcome = bench.act(_kill_at(at))
+                fault += self._kill_the_next_start(bench, chance)
+                count.add("recoveries killed too", bench.judge(outcome, fault))
             at += self._step
 
     def _kill_the_next_start(self, bench: Bench, chance: random.Random) -> str:
