@@ -96,6 +96,10 @@ class TensorSource(Stateless):
             batches = gathered(self._tensors, block, self._batch_size)
             yield from map(self._wrap, batches) if self._wrap else batches
 
+    def weight(self, batch: Any) -> int:
+        """Samples in a batch."""
+        return len(batch) if self._wrap else len(batch[0])
+
     def _order(self, epoch: int) -> torch.Tensor:
         if self._shuffle:
             return permutation(self._num_samples, seed=self._seed, epoch=epoch, salt=self._salt)

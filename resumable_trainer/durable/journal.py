@@ -71,7 +71,7 @@ class Journal:
         # Taken before `_lock`, and held during the sync alone: rows go on being appended meanwhile.
         self._sync_lock = threading.Lock()
         self._buffer: list[bytes] = []
-        self._buffered_bytes = 0
+        self._buffered_bytes = self._buffered_rows = 0
         self._unwritten = b""  # counted in digest and rows, not handed to the operating system yet
         self._digest = Digest()
         self._rows = 0
@@ -95,10 +95,19 @@ class Journal:
 
     def append(self, row: Mapping[str, Any]) -> None:
         """Add a row; buffered until `flush`, `mark` or `sync`, or until the buffer is full."""
-        line = _encode_row(row)
+        self.append_lines(encode_row(row), 1)
+
+    def append_lines(self, lines: bytes, rows: int) -> None:
+        """Add rows that are encoded already, as `encode_row` does it.
+
+        Args:
+            lines: Full lines.
+            rows: How many.
+        """
         with self._lock:
-            self._buffer.append(line)
-            self._buffered_bytes += len(line)
+            self._buffer.append(lines)
+            self._buffered_rows += rows
+            self._buffered_bytes += len(lines)
             if self._buffered_bytes >= _BUFFER_BYTES:
                 self._hand_over()
 
@@ -173,9 +182,9 @@ class Journal:
         if self._buffer:
             self._unwritten += (rows := b"".join(self._buffer))
             self._digest.update(rows)
-            self._rows += len(self._buffer)
+            self._rows += self._buffered_rows
             self._buffer.clear()
-            self._buffered_bytes = 0
+            self._buffered_bytes = self._buffered_rows = 0
         if not self._unwritten or self._is_lost:
             return
         try:
@@ -262,7 +271,8 @@ class Journal:
             self._rows += chunk.count(b"\n")
 
 
-def _encode_row(row: Mapping[str, Any]) -> bytes:
+def encode_row(row: Mapping[str, Any]) -> bytes:
+    """One line of a journal, its end included."""
     try:
         text = _encode(row)
     except ValueError:

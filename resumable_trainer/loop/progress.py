@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import sys
 import time
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm
@@ -34,6 +35,7 @@ class Progress:
         self._total_epochs = 0
         self._drawn = self._said = clock()
         self._uncounted = 0
+        self._make_batches: Callable[[], Any] | None = None  # the bar of the epoch under way, until it is needed
 
     @classmethod
     def for_choice(cls, progress: bool | None) -> Progress:
@@ -62,7 +64,8 @@ class Progress:
         """The loop over an epoch's batches begins, `done` of `total` lie behind."""
         self._uncounted = 0
         if self._style == "bar":
-            self._batches = tqdm(
+            self._make_batches = partial(
+                tqdm,
                 total=total,
                 initial=done,
                 desc=f"epoch {epoch + 1}/{self._total_epochs}",
@@ -70,6 +73,13 @@ class Progress:
                 file=sys.stderr,
                 leave=False,
             )
+            if self._clock() - self._drawn >= _REFRESH_SECONDS:
+                self._show_batches()  # else it may be over before anybody could read it
+
+    def _show_batches(self) -> None:
+        if self._make_batches is not None:
+            self._drawn = self._clock()
+            self._batches, self._make_batches = self._make_batches(), None
 
     def batch_done(self) -> bool:
         """Count a batch; True if it is time to refresh (then call `refresh`)."""
@@ -79,6 +89,7 @@ class Progress:
     def refresh(self, epoch: int, step: int, values: Mapping[str, float], extra: str) -> None:
         """Redraw the bar; or, without a terminal, say a line if the last one was 30 s ago."""
         self._drawn = self._clock()
+        self._show_batches()
         if self._batches is not None:
             self._batches.update(self._uncounted)
             self._batches.set_postfix_str(_joined(values, extra), refresh=False)
@@ -88,6 +99,7 @@ class Progress:
 
     def end_batches(self) -> None:
         """The batches of the epoch are over."""
+        self._make_batches = None
         if self._batches is not None:
             self._batches.update(self._uncounted)
             self._batches.close()

@@ -403,10 +403,20 @@ class Run:
             self._restore_again()
         self._screen.begin_batches(cursor.epoch, source.num_batches(), loop.done)
         self._boundary()
-        weigh, watch = source.weight, self._watch
+        yield from self._each(iterator, source.weight, loop, session)
+        self._end_batches(loop)
+        self._tell("batches")
+
+    def _each(
+        self, iterator: Iterator[Any], weigh: Callable[[Any], int], loop: BatchLoop, session: object
+    ) -> Iterator[Any]:
+        """The batches themselves: between two of them only what is needed, everything bound once."""
+        tell = None if self._probe is None else self._tell
+        batch_begins, is_due, cursor = self._watch.batch_begins, self._saver.is_due_after_batch, self._cursor
         for batch in iterator:
-            self._tell("batch", batch)
-            watch.batch_begins()
+            if tell is not None:
+                tell("batch", batch)
+            batch_begins()
             self._values, self._weight = {}, weigh(batch)
             try:
                 yield batch
@@ -417,11 +427,10 @@ class Run:
             if self._loop is not loop:
                 self._refuse_ended(session)
             self._end_batch(loop)
-            if notices.pending or self._snapshot_due():
+            if notices.pending or self._snapshot_wanted or is_due(cursor.step):
                 self._boundary()
-            self._tell("step")
-        self._end_batches(loop)
-        self._tell("batches")
+            if tell is not None:
+                tell("step")
 
     def _iterator(self, source: Source, loop: BatchLoop) -> Iterator[Any]:
         if loop.over:
@@ -447,11 +456,11 @@ class Run:
         )
 
     def _end_batch(self, loop: BatchLoop) -> None:
-        values = self._values
+        values, cursor = self._values, self._cursor
         if values:
-            self._record.add_step(self._cursor.position, self._weight, values)
+            self._record.add_step(cursor.step, cursor.epoch, cursor.batch, self._weight, values)
         self._values = None
-        self._cursor.count_batch(loop)
+        cursor.count_batch(loop)
         if self._screen.batch_done():
             self._show()
 
