@@ -12,11 +12,12 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import math
 import time
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Self
+from typing import TYPE_CHECKING, Any, Literal, Protocol, Self
 
 from resumable_trainer.durable.files import Files, make_directories
 from resumable_trainer.durable.filesystem import refuse_links
@@ -33,14 +34,16 @@ from resumable_trainer.errors import (
     StateMismatchError,
     UsageError,
 )
-from resumable_trainer.snapshot.committer import Committer, Hooks
+from resumable_trainer.snapshot.committer import Committer, Hooks, Newest
+from resumable_trainer.snapshot.dictation import Dictation, Draft
 from resumable_trainer.snapshot.layout import EVENTS, OWN_NAMES, RUN_LOCK, Position, parse_name, snapshot_name
-from resumable_trainer.snapshot.manifest import Best, JournalMark, Manifest, PositionFields
+from resumable_trainer.snapshot.manifest import Manifest
 from resumable_trainer.snapshot.pending import PendingSnapshot
 from resumable_trainer.snapshot.reader import Reader
 from resumable_trainer.snapshot.retention import Kept, to_delete
 from resumable_trainer.snapshot.store import Store
 from resumable_trainer.snapshot.tree import BAD_VALUES, Flat, flatten
+from resumable_trainer.snapshot.writer import StateFiles
 from resumable_trainer.state import generators, modes, staging
 from resumable_trainer.state.parts import (
     RESERVED_NAMES,
@@ -57,8 +60,10 @@ if TYPE_CHECKING:
     from types import TracebackType
 
     from resumable_trainer.metrics.early_stopping import BestValue
+    from resumable_trainer.snapshot.manifest import FileEntry
 
 Outcome = Literal["finished", "stopped_early"]
+_NOTE_STEP_SECONDS = 1.0  # the step in the lock's record is for people
 
 
 @dataclass(frozen=True)
@@ -93,10 +98,26 @@ class Facts:
         return snapshot_name(self.position, epoch_complete=self.epoch_complete)
 
     @property
+    def kept(self) -> Kept:
+        """What retention will know of it."""
+        return Kept(self.name, self.position, self.epoch_complete, self.value)
+
+    @property
     def value(self) -> float | None:
         """Value of the early-stopping metric after the epoch; what retention keeps the best by."""
         value = self.metrics.get(self.best.metric) if self.best is not None and self.epoch_complete else None
         return None if value is None else float(value)
+
+
+class Rows(Protocol):
+    """The metric journal, as far as saving goes."""
+
+    @property
+    def whole_file(self) -> Path | None:
+        """Its file, if syncing it is all that makes every row durable; None if only `sync` can."""
+
+    def sync(self) -> None:
+        """Make every row so far durable; called by the thread that writes snapshots."""
 
 
 @dataclass(frozen=True)
@@ -160,11 +181,13 @@ class StateManager:
         self.swept: list[str] = []
         retain = retain or partial(to_delete, keep_last=3, keep_best=0, keep_every=None)
         self._committer = Committer(self.store, files=self.files, retain=retain)
+        self._dictation = Dictation(self.directory, committer=self._committer, files=self.files, note=self.note)
         self._lock = lock
         self._command = command
         self._events: Journal | None = None
         self._in_flight: PendingSnapshot | None = None
         self._arena = staging.Arena()
+        self._step_noted_at = -math.inf
         self._watch: modes.StepWatch | None = None
 
     # -- life -------------------------------------------------------------------------------------
@@ -207,6 +230,7 @@ class StateManager:
             self.wait()
         finally:
             try:
+                self._dictation.close()
                 if self._events is not None:
                     self._events.close()
             finally:
@@ -282,8 +306,9 @@ class StateManager:
         trees: dict[str, object] = {name: capture_part(part) for name, part in self.state.items()}
         trees["modes"] = modes.capture_modes(self.state)
         trees["gradients"] = gradients
-        trees["generators"] = generators.capture_global()
         trees.update(sections or {})
+        if "generators" not in trees:
+            trees["generators"] = generators.capture_global()
         return flatten(trees)
 
     def stage(self, captured: Flat) -> Flat:
@@ -303,16 +328,15 @@ class StateManager:
         facts: Facts,
         *,
         background: bool = True,
-        before_commit: Callable[[], None] | None = None,
+        rows: Rows | None = None,
     ) -> PendingSnapshot:
         """Write a staged state and commit it.
 
         Args:
             staged: What `stage` gave.
             facts: What the manifest is to say.
-            background: Return at once and write in a thread; waits first for a snapshot in flight.
-            before_commit: Called in the writing thread before the manifest is written: makes durable
-                what the manifest speaks of (the metric journal).
+            background: Return at once and write beside the training; waits first for a snapshot in flight.
+            rows: What the manifest speaks of (the metric journal): made durable before the manifest is written.
 
         Raises:
             SnapshotWriteError: This one (if not in the background) or the one before it could not
@@ -320,10 +344,27 @@ class StateManager:
         """
         _ = self.lock
         self.wait()
-        write = partial(self._write_and_commit, staged, facts, before_commit)
-        pending = PendingSnapshot(facts.name, write, background=background)
-        self._in_flight = pending
-        return pending
+        content = StateFiles(staged)
+        write = partial(self._write_and_commit, content, facts, rows)
+        pending = self._dictated(content, facts, rows, write) if background else None
+        self._in_flight = pending or PendingSnapshot(facts.name, write, background=background)
+        return self._in_flight
+
+    def _dictated(
+        self, content: StateFiles, facts: Facts, rows: Rows | None, write: Callable[[], None]
+    ) -> PendingSnapshot | None:
+        file = None if rows is None else rows.whole_file
+        if rows is not None and file is None:
+            return None
+        draft = Draft(
+            kept=facts.kept,
+            content=content,
+            fields=partial(self._manifest_fields, facts),
+            rows=file,
+            committed=partial(self._note_committed, facts),
+            otherwise=write,
+        )
+        return self._dictation.take(draft, self.lock)
 
     def snapshot(
         self,
@@ -362,27 +403,38 @@ class StateManager:
         if self._in_flight is not None and self._in_flight.done:
             self.wait()
 
-    def _write_and_commit(self, staged: Flat, facts: Facts, before_commit: Callable[[], None] | None) -> None:
+    def _write_and_commit(self, content: StateFiles, facts: Facts, rows: Rows | None) -> None:
         started = time.monotonic()
-        retained = Kept(facts.name, facts.position, facts.epoch_complete, facts.value)
+        retained = facts.kept
         hooks = Hooks(
             check=self.lock.check,
-            before_manifest=before_commit or (lambda: None),
+            before_manifest=rows.sync if rows is not None else (lambda: None),
             manifest=partial(self._manifest, facts),
             note=self.note,
         )
         try:
-            num_bytes = self._committer.commit(staged, retained, hooks)
+            num_bytes = self._committer.commit(content, retained, hooks)
         except RunHeldError:
             raise
         except OSError as error:
             raise self._write_error(facts.name, error) from error
         if num_bytes is None:
             return
-        seconds = round(time.monotonic() - started, 6)
-        self.note("committed", snapshot=facts.name, step=facts.position.step, bytes=num_bytes, seconds=seconds)
-        self.lock.note_step(facts.position.step)
+        self._note_committed(facts, num_bytes, time.monotonic() - started)
         self._committer.retire(retained, self.note)
+
+    def _note_committed(self, facts: Facts, num_bytes: int, seconds: float) -> None:
+        self.note(
+            "committed",
+            snapshot=facts.name,
+            step=facts.position.step,
+            bytes=num_bytes,
+            seconds=round(seconds, 6),
+        )
+        now = time.monotonic()
+        if now - self._step_noted_at >= _NOTE_STEP_SECONDS:
+            self._step_noted_at = now
+            self.lock.note_step(facts.position.step)
 
     def _write_error(self, name: str, error: OSError) -> SnapshotWriteError:
         last = self.latest
@@ -394,26 +446,29 @@ class StateManager:
             hint="free space or repair the disk, then start the same command again",
         )
 
-    def _manifest(self, facts: Facts, entries: Mapping[str, Any]) -> Manifest:
+    def _manifest(self, facts: Facts, entries: Mapping[str, FileEntry]) -> Manifest:
+        return Manifest.model_validate({**self._manifest_fields(facts), "files": dict(entries)})
+
+    def _manifest_fields(self, facts: Facts) -> dict[str, Any]:
+        """All fields of the manifest but `files`, as plain values."""
         best, parent = facts.best, self._committer.newest
-        return Manifest(
-            run_id=self.run_id,
-            generation=self.lock.generation,
-            name=facts.name,
-            position=PositionFields(**asdict(facts.position)),
-            epoch_complete=facts.epoch_complete,
-            parent=parent.name if parent else None,
-            parent_digest=parent.own_digest if parent else None,
-            created=_now(),
-            files=dict(entries),
-            journal=None if facts.journal is None else JournalMark(**asdict(facts.journal)),
-            outcome=facts.outcome,
-            best=None if best is None else Best(**asdict(best)),
-            metrics=dict(facts.metrics),  # type: ignore[arg-type] # the model refuses other words
-            settings=dict(facts.settings),
-            depends_on=dict(facts.depends_on),
-            saved_by=dict(facts.saved_by),
-        )
+        return {
+            "run_id": self.run_id,
+            "generation": self.lock.generation,
+            "name": facts.name,
+            "position": vars(facts.position),
+            "epoch_complete": facts.epoch_complete,
+            "parent": parent.name if parent else None,
+            "parent_digest": parent.own_digest if parent else None,
+            "created": _now(),
+            "journal": None if facts.journal is None else vars(facts.journal),
+            "outcome": facts.outcome,
+            "best": None if best is None else vars(best),
+            "metrics": dict(facts.metrics),
+            "settings": dict(facts.settings),
+            "depends_on": dict(facts.depends_on),
+            "saved_by": dict(facts.saved_by),
+        }
 
     # -- restoring --------------------------------------------------------------------------------
 
@@ -463,7 +518,7 @@ class StateManager:
             name = self.store.select(which)
             manifest = self.store.verify(name)
             newer = [other for other in self.store.names() if _order(other) > _order(name)]
-        self._committer.continue_from(manifest)
+        self._committer.continue_from(Newest.of(manifest))
         if manifest is None:
             return RestoreReport()
         if self.run_id and manifest.run_id and manifest.run_id != self.run_id:

@@ -77,6 +77,7 @@ class Journal:
         self._rows = 0
         self._is_torn = False  # a write began and is not known to have ended
         self._is_lost = False  # a sync failed: what the file holds on disk is unknown
+        self._was_replaced = False
         self._error: OSError | None = None
 
     @classmethod
@@ -122,6 +123,17 @@ class Journal:
             self._hand_over()
             so_far = self._digest.value()
             return Mark(so_far.num_bytes, so_far.digest, self._rows)
+
+    @property
+    def whole_file(self) -> Path | None:
+        """The file, if the operating system has every row of it: then whoever syncs it makes them durable.
+
+        None if rows are buffered or were refused, or if some may be lost: then only `sync` knows what to do. None for
+        good once the file was replaced: others may have the old one open.
+        """
+        with self._lock:
+            is_whole = not (self._buffer or self._unwritten or self._is_torn or self._is_lost or self._was_replaced)
+            return self._path if is_whole else None
 
     def sync(self) -> None:
         """Make every row appended so far durable.
@@ -225,6 +237,7 @@ class Journal:
                 raise OSError(errno.EIO, "rows that were written before are lost", str(self._path))
             # Crash here: the old file stands, good up to the last mark that a snapshot holds; the new one is swept.
             self._files.replace(temporary, self._path)
+            self._was_replaced = True
             old, self._fd = self._fd, self._files.open_append(self._path)
             self._unwritten, self._is_torn, self._error = b"", False, None
             with contextlib.suppress(OSError):  # nothing in it is needed any more

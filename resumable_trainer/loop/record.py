@@ -143,6 +143,11 @@ class Record:
         """Make the journal durable; called by the thread that writes snapshots."""
         self._journal.sync()
 
+    @property
+    def whole_file(self) -> Path | None:
+        """The journal's file, if syncing it is all that makes the marked rows durable."""
+        return self._journal.whole_file
+
     def history(self) -> History:
         """All rows so far."""
         self.show_rows()

@@ -127,6 +127,7 @@ class Run:
         # After a resume, until the loop has caught up:
         self._report: RestoreReport | None = None
         self._epoch_generators: Any = None
+        self._generators_now: Any = None  # as captured after an epoch, until code of the user's runs again
         self._shelf = Shelf(self._seed)
         self._facts: dict[str, Any] = {}
         self._saved_facts: Mapping[str, Any] = {}
@@ -165,6 +166,7 @@ class Run:
         self._manager.watch_gradients(self._watch)
         settings = {name: opening.json_values(scalar_settings(part)) for name, part in self._state.items()}
         self._settings = {name: found for name, found in settings.items() if found}
+        self._versions = identity.versions()
         self._facts = identity.current_facts(self._command, seed=self._seed, state=self._state)
         which = opening.begin_line(self._manager, self._record, self.directory)
         report = self._manager.find(which)
@@ -179,9 +181,7 @@ class Run:
             self._resume(report)
         self._screen.say(screen.missing_schedulers(undriven_schedulers(self._state)))
         self._rows_shown_at = self._clock()
-        self._saver = Saver(
-            self._manager, self._policy, before_commit=self._record.sync, clock=self._clock, say=self._screen.say
-        )
+        self._saver = Saver(self._manager, self._policy, rows=self._record, clock=self._clock, say=self._screen.say)
         self._entered = True
         if self._probe is not None:
             self._probe.opened(self)
@@ -262,6 +262,7 @@ class Run:
             self._end_without_training(total)
             return
         self._screen.say(screen.remaining(self._cursor, total, self._early_stopping, self._record))
+        self._generators_now = None
         while not self._is_over(total):
             self._begin_epoch()
             try:
@@ -294,7 +295,8 @@ class Run:
         self._loop_number, self._loop, self._held = 0, None, None
         self._evaluates, self._has_evaluated = self._has_evaluated, False
         if self._report is None:
-            self._epoch_generators = generators.capture_global()
+            # Nothing has drawn since the snapshot after the last epoch, if there was one.
+            self._epoch_generators, self._generators_now = self._generators_now or generators.capture_global(), None
         elif self._cursor.loops:
             # Within an epoch: its body's beginning runs again, and must draw what it drew then.
             generators.restore_global(self._epoch_generators)
@@ -614,7 +616,9 @@ class Run:
         return self._capture(epoch_complete=not self._in_epoch)
 
     def _capture(self, *, epoch_complete: bool) -> Flat:
-        return self._manager.capture({"loop": self._loop_state(epoch_complete=epoch_complete)})
+        now = generators.capture_global()
+        self._generators_now = now if epoch_complete and self._probe is None else None
+        return self._manager.capture({"generators": now, "loop": self._loop_state(epoch_complete=epoch_complete)})
 
     def _loop_state(self, *, epoch_complete: bool) -> dict[str, Any]:
         return {
@@ -667,7 +671,7 @@ class Run:
             metrics=opening.json_values(self._record.last_epoch_values),
             settings=self._settings,
             depends_on=self._facts,
-            saved_by=identity.versions(),
+            saved_by=self._versions,
         )
 
     # -- data -------------------------------------------------------------------------------------

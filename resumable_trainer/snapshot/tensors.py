@@ -14,7 +14,7 @@ from __future__ import annotations
 import json
 import struct
 import sys
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
@@ -25,8 +25,6 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from typing_extensions import Buffer
-
-    from resumable_trainer.durable.files import NewFile
 
 _ALIGNMENT = 8
 _GATHER_BYTES = 1 << 20  # small tensors are written together in pieces of about this size
@@ -56,6 +54,13 @@ DTYPES: dict[str, torch.dtype] = {code: getattr(torch, name) for code, name in _
 _CODES = {dtype: code for code, dtype in DTYPES.items()}
 
 
+class Sink(Protocol):
+    """Where bytes go: a new file, say."""
+
+    def write(self, data: Buffer) -> None:
+        """Take all of `data`."""
+
+
 def is_storable(tensor: torch.Tensor) -> str | None:
     """None if the layout can hold the tensor, else why not, as the end of a sentence."""
     if type(tensor) not in (torch.Tensor, torch.nn.Parameter, torch.nn.Buffer):
@@ -72,7 +77,7 @@ def is_storable(tensor: torch.Tensor) -> str | None:
     return None
 
 
-def write_tensors(file: NewFile, tensors: Mapping[str, torch.Tensor]) -> None:
+def write_tensors(file: Sink, tensors: Mapping[str, torch.Tensor]) -> None:
     """Write CPU tensors in the order given; equal tensors give equal bytes.
 
     Args:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 from resumable_trainer.durable.files import Files, NewFile, write_new_file
@@ -14,6 +15,8 @@ from resumable_trainer.snapshot.values import MAX_STATE_BYTES
 
 if TYPE_CHECKING:
     from pathlib import Path
+
+    from typing_extensions import Buffer
 
     from resumable_trainer.durable.digest import FileDigest
     from resumable_trainer.snapshot.tree import Flat
@@ -41,32 +44,60 @@ def encode_values(flat: Flat) -> bytes:
     return values
 
 
-def size(flat: Flat, values: bytes) -> tuple[int, int]:
-    """Bytes a snapshot takes, headers and manifest included, and how many new files and directories."""
-    headers = sum(_HEADER_BYTES + _ENTRY_BYTES * len(tensors) for tensors in flat.tensors.values())
-    tensors = sum(t.numel() * t.element_size() for named in flat.tensors.values() for t in named.values())
-    return len(values) + headers + tensors + _MANIFEST_BYTES, len(flat.tensors) + 3
-
-
-def write_files(files: Files, directory: Path, flat: Flat, values: bytes) -> dict[str, FileEntry]:
-    """Write and sync every file but the manifest; what the manifest is to say of each.
+class StateFiles:
+    """Content of a snapshot: a state taken apart.
 
     Args:
-        files: Primitive operations.
-        directory: A temporary directory; its own entries are synced at the commit.
-        flat: CPU tensors that nobody changes any more.
-        values: What `encode_values` gave.
+        flat: CPU tensors that nobody changes any more, and values.
 
-    Raises:
-        OSError: A file could not be made durable; the directory is to be thrown away.
+    Every method raises `UnsafeValueError` if there are more values than are ever read back.
     """
-    entries = {STATE: _entry(write_new_file(files, directory / STATE, values))}
-    for section, tensors in flat.tensors.items():
-        name = section + TENSORS_SUFFIX
-        with NewFile(directory / name, files=files) as file:
-            write_tensors(file, tensors)
-        entries[name] = _entry(file.digest)
-    return entries
+
+    def __init__(self, flat: Flat) -> None:
+        self._flat = flat
+
+    @cached_property
+    def _values(self) -> bytes:
+        return encode_values(self._flat)
+
+    def size(self) -> tuple[int, int]:
+        """Bytes that it takes, headers and manifest included, and how many new files and directories."""
+        flat = self._flat
+        headers = sum(_HEADER_BYTES + _ENTRY_BYTES * len(tensors) for tensors in flat.tensors.values())
+        tensors = sum(t.numel() * t.element_size() for named in flat.tensors.values() for t in named.values())
+        return len(self._values) + headers + tensors + _MANIFEST_BYTES, len(flat.tensors) + 3
+
+    def write(self, files: Files, directory: Path) -> dict[str, FileEntry]:
+        """Write and sync every file but the manifest; what the manifest is to say of each.
+
+        Args:
+            files: Primitive operations.
+            directory: A temporary directory; its own entries are synced at the commit.
+
+        Raises:
+            OSError: A file could not be made durable; the directory is to be thrown away.
+        """
+        entries = {STATE: _entry(write_new_file(files, directory / STATE, self._values))}
+        for section, tensors in self._flat.tensors.items():
+            name = section + TENSORS_SUFFIX
+            with NewFile(directory / name, files=files) as file:
+                write_tensors(file, tensors)
+            entries[name] = _entry(file.digest)
+        return entries
+
+    def in_memory(self) -> dict[str, bytes]:
+        """The same files as bytes by name; for small states."""
+        found = {STATE: self._values}
+        for section, tensors in self._flat.tensors.items():
+            pieces = _Pieces()
+            write_tensors(pieces, tensors)
+            found[section + TENSORS_SUFFIX] = b"".join(pieces)
+        return found
+
+
+class _Pieces(list["Buffer"]):
+    def write(self, data: Buffer) -> None:
+        self.append(data)
 
 
 def _entry(digest: FileDigest) -> FileEntry:
