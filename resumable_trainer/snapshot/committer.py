@@ -20,7 +20,7 @@ from resumable_trainer.durable.files import remove_tree
 from resumable_trainer.durable.filesystem import room, shortage
 from resumable_trainer.errors import DamagedSnapshotError, RunHeldError, SnapshotGoneError
 from resumable_trainer.snapshot.retention import kept_of
-from resumable_trainer.snapshot.writer import encode_values, size, write_files
+from resumable_trainer.snapshot.writer import Worked, encode_values, size, write_files
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -78,6 +78,7 @@ class Committer:
         self._files = files
         self._retain = retain
         self._kept: list[Kept] | None = None
+        self._worked = Worked()
 
     def continue_from(self, manifest: Manifest | None) -> None:
         """The newest durable snapshot from now on; what else there is, is looked up anew."""
@@ -103,8 +104,8 @@ class Committer:
         if self._store.path(facts.name).exists():
             # Never taken for this state: it was found here and not continued from.
             self._store.set_aside([facts.name], "another state was saved at the same position")
-        values = encode_values(flat)
-        num_bytes, num_files = size(flat, values)
+        values = encode_values(flat, self._worked)
+        num_bytes, num_files = size(flat, values, self._worked)
         self._make_room(facts, hooks, num_bytes=num_bytes, num_files=num_files)
         attempt = 1
         while True:
@@ -124,7 +125,7 @@ class Committer:
     def _attempt(self, flat: Flat, values: bytes, name: str, hooks: Hooks) -> Manifest:
         temporary = self._store.begin(name, token=secrets.token_hex(6))
         try:
-            entries = write_files(self._files, temporary, flat, values)
+            entries = write_files(self._files, temporary, flat, values, self._worked)
             # Invariant: rows are durable before the manifest whose mark counts them.
             hooks.before_manifest()
             manifest = self._store.write_manifest(temporary, hooks.manifest(entries))
