@@ -58,6 +58,16 @@ def test_tensors_that_lie_one_behind_the_other_are_one_piece() -> None:
     assert len(Image({"a": whole[:2], "b": whole[2:4], "c": whole[5:]})._pieces) == 3
 
 
+def test_memories_that_happen_to_touch_are_pieces_of_their_own(tmp_path: Path) -> None:
+    data = bytearray(range(16))
+    halves = {
+        name: torch.frombuffer(memoryview(data)[at : at + 8], dtype=torch.uint8) for name, at in (("a", 0), ("b", 8))
+    }
+    assert halves["a"].data_ptr() + 8 == halves["b"].data_ptr()
+    assert written(tmp_path / "f", Image(halves)).endswith(bytes(range(16)))
+    assert len(Image(halves)._pieces) == 3
+
+
 def test_an_image_follows_its_tensors(tmp_path: Path) -> None:
     named = {"w": torch.zeros(3)}
     image = Image(named)

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
 class Word(enum.StrEnum):
     A = "a"
+    Y = "y"
 
 
 def state() -> dict[str, Any]:
@@ -131,13 +132,18 @@ DIFFERENT: dict[str, Change] = {
     "a list where a dict was": put("words/a", lambda: [torch.ones(2)]),
     "a dict of another kind": put("words/a", lambda: collections.OrderedDict(x=torch.ones(2))),
     "a key of another type": put("words", lambda: {Word.A: {"x": torch.ones(2)}, "b": {"y": torch.ones(3)}}),
-    "a key of another type within": put("words/b", lambda: {Word.A: torch.ones(3)}),
+    "a key of another type within": put("words/b", lambda: {Word.Y: torch.ones(3)}),
+    "a key of another type in a module": put("model", lambda: Plain({Word.Y: torch.ones(3)})),
     "keys that are bools": put("optimizer/state", lambda: {False: {"s": torch.ones(1)}, True: {"s": torch.ones(1)}}),
     "a parameter where a tensor was": put("words/a/x", lambda: nn.Parameter(torch.ones(2))),
     "a frozen parameter": freeze_marked,
     "complex numbers": put("words/a/x", lambda: torch.ones(2, dtype=torch.complex64)),
     "a conjugate": put("words/a/x", lambda: torch.ones(2, dtype=torch.complex64).conj()),
-    "a negative view": put("words/a/x", lambda: torch.ones(2, dtype=torch.complex64).conj().imag),
+    "a negative view": put("words/a/x", lambda: torch._neg_view(torch.ones(2))),
+    "entries of other names": put(
+        "optimizer/state/0", lambda: {"step": torch.tensor(1.0), "avg": torch.ones(3, 4), "exp_avg_sq": torch.ones(3)}
+    ),
+    "a frozen parameter where a tensor was": put("words/a/x", lambda: nn.Parameter(torch.ones(2), requires_grad=False)),
     "another order": reverse,
     "a dict that marks its parameters": no_longer_plain,
     "another section": move,
@@ -220,6 +226,28 @@ def test_a_tensor_of_another_class_in_the_place_of_a_plain_one_is_refused() -> N
         put(path, lambda shape=shape: torch.ones(shape).as_subclass(Subclass))(tree)
         with pytest.raises(UnsafeValueError, match="Subclass"):
             planner.flatten(tree)
+
+
+@pytest.mark.parametrize("view", [torch.Tensor.conj, torch._neg_view])
+def test_a_view_that_reads_other_values_from_the_same_memory_is_not_taken_for_a_tie(view: Any) -> None:
+    planner, numbers = Planner(), torch.ones(2, dtype=torch.complex64)
+    for second in (numbers, view(numbers), numbers, view(numbers)):
+        tree = {"s": [numbers, second]}
+        assert same(planner.flatten(tree), flatten(tree))
+
+
+def test_a_place_of_another_type_is_another_place() -> None:
+    planner = Planner()
+    for key in (1, True, "1", 1):
+        tree = {"s": {key: [torch.ones(2)]}}
+        assert same(planner.flatten(tree), flatten(tree))
+
+
+def test_a_key_of_another_type_is_another_key() -> None:
+    planner = Planner()
+    for key in ("y", Word.Y, "y"):
+        tree = {"s": {key: torch.ones(2)}, "t": {"a": {key: torch.ones(2)}}, "u": {key: {"y": torch.ones(3)}}}
+        assert same(planner.flatten(tree), flatten(tree))
 
 
 def test_a_plan_keeps_no_tensor_alive() -> None:

@@ -114,6 +114,16 @@ def test_a_structure_that_is_the_very_same_object_stands_for_an_equal_layout() -
     assert equal(arena.stage(grown, structure=structure), grown), "it stands for nothing once another came between"
 
 
+def test_an_equal_structure_is_not_compared_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    arena, structure = Arena(), object()
+    arena.stage(tensors(), structure=structure)
+    monkeypatch.delattr(Arena, "_lay_out")
+    live = tensors()
+    assert equal(arena.stage(live, structure=structure), live)
+    with pytest.raises(AttributeError):
+        arena.stage(live, structure=object())
+
+
 def test_memory_that_has_become_much_too_large_is_given_back() -> None:
     arena = Arena()
     arena.stage({"s": {"x": torch.ones(40 << 20, dtype=torch.uint8)}})
