@@ -19,6 +19,8 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol, Self
 
+from torch import nn
+
 from resumable_trainer.durable.files import Files, make_directories
 from resumable_trainer.durable.filesystem import refuse_links
 from resumable_trainer.durable.journal import Journal, Mark
@@ -39,16 +41,18 @@ from resumable_trainer.snapshot.dictation import Dictation, Draft
 from resumable_trainer.snapshot.layout import EVENTS, OWN_NAMES, RUN_LOCK, Position, parse_name, snapshot_name
 from resumable_trainer.snapshot.manifest import Manifest
 from resumable_trainer.snapshot.pending import PendingSnapshot
+from resumable_trainer.snapshot.plan import Planner
 from resumable_trainer.snapshot.reader import Reader
 from resumable_trainer.snapshot.retention import Kept, to_delete
 from resumable_trainer.snapshot.store import Store
-from resumable_trainer.snapshot.tree import BAD_VALUES, Flat, flatten
-from resumable_trainer.snapshot.writer import StateFiles
+from resumable_trainer.snapshot.tree import BAD_VALUES, Flat, Plain
+from resumable_trainer.snapshot.writer import StateFiles, Worked
 from resumable_trainer.state import generators, modes, staging
 from resumable_trainer.state.parts import (
     RESERVED_NAMES,
     capture_part,
     check_parts,
+    live_tensors,
     mismatches,
     restore_part,
     unfaithful,
@@ -186,7 +190,9 @@ class StateManager:
         self._command = command
         self._events: Journal | None = None
         self._in_flight: PendingSnapshot | None = None
+        self._planner = Planner()
         self._arena = staging.Arena()
+        self._worked = Worked()
         self._step_noted_at = -math.inf
         self._watch: modes.StepWatch | None = None
 
@@ -303,13 +309,13 @@ class StateManager:
         """
         used = self._watch.used_gradients() if self._watch is not None else set()
         gradients = modes.capture_gradients(self.state, used=used)
-        trees: dict[str, object] = {name: capture_part(part) for name, part in self.state.items()}
+        trees: dict[str, object] = {name: _tree_of(part) for name, part in self.state.items()}
         trees["modes"] = modes.capture_modes(self.state)
         trees["gradients"] = gradients
         trees.update(sections or {})
         if "generators" not in trees:
             trees["generators"] = generators.capture_global()
-        return flatten(trees)
+        return self._planner.flatten(trees)
 
     def stage(self, captured: Flat) -> Flat:
         """A copy of a captured state that later training cannot change; blocks for one memory copy.
@@ -320,7 +326,8 @@ class StateManager:
             SnapshotWriteError: The snapshot in flight could not be made durable.
         """
         self.wait()
-        return Flat(values=captured.values, tensors=self._arena.stage(captured.tensors))
+        tensors = self._arena.stage(captured.tensors, structure=captured.structure)
+        return Flat(captured.values, tensors, captured.structure)
 
     def write(
         self,
@@ -344,7 +351,7 @@ class StateManager:
         """
         _ = self.lock
         self.wait()
-        content = StateFiles(staged)
+        content = StateFiles(staged, self._worked)
         write = partial(self._write_and_commit, content, facts, rows)
         pending = self._dictated(content, facts, rows, write) if background else None
         self._in_flight = pending or PendingSnapshot(facts.name, write, background=background)
@@ -634,6 +641,11 @@ def usable(directory: Path) -> Iterator[None]:
             path=directory,
             hint="make it readable and writable, or repair its disk; then start the same command again",
         ) from error
+
+
+def _tree_of(part: object) -> object:
+    tensors = live_tensors(part) if isinstance(part, nn.Module) else None
+    return capture_part(part) if tensors is None else Plain(tensors)
 
 
 def _order(name: str) -> tuple[int, bool, int]:

@@ -55,10 +55,19 @@ class Flat:
     Attributes:
         values: Typed JSON by section.
         tensors: Tensors by section and name; detached, as live as they were handed in.
+        structure: Two states that have the very same object here have equal sections, names, shapes and dtypes.
     """
 
     values: dict[str, Any]
     tensors: dict[str, dict[str, torch.Tensor]]
+    structure: object = None
+
+
+class Plain(dict[str, Any]):
+    """Tensors by name, in which a parameter counts as the plain tensor that `Module.state_dict` makes of it.
+
+    Making it costs more than all else that is done about a small tensor.
+    """
 
 
 def flatten(sections: Mapping[str, object]) -> Flat:
@@ -67,9 +76,9 @@ def flatten(sections: Mapping[str, object]) -> Flat:
     Raises:
         UnsafeValueError: A value that has no safe form on disk; the message names its place.
     """
-    writer = _Writer()
+    writer = TreeWriter()
     values = {name: writer.section(name, tree) for name, tree in sections.items()}
-    return Flat(values, {name: tensors for name, tensors in writer.tensors.items() if tensors})
+    return Flat(values, writer.found())
 
 
 def unflatten(values: Mapping[str, Any], tensor: Callable[[str, str], torch.Tensor]) -> dict[str, Any]:
@@ -83,17 +92,26 @@ def unflatten(values: Mapping[str, Any], tensor: Callable[[str, str], torch.Tens
 
 
 @dataclass
-class _Writer:
+class TreeWriter:
+    """Encodes one tree after the other, and collects their tensors."""
+
     tensors: dict[str, dict[str, torch.Tensor]] = field(default_factory=dict)
     _known: dict[tuple[Any, ...], list[str]] = field(default_factory=dict)
     _section: str = ""
+    _is_plain: bool = False
 
     def section(self, name: str, tree: object) -> Any:
+        """A tree's typed JSON; its tensors go to the section of this name."""
         self._section = name
         self.tensors[name] = {}
         return self.value(tree, ())
 
+    def found(self) -> dict[str, dict[str, torch.Tensor]]:
+        """The tensors of all sections that have any."""
+        return {name: tensors for name, tensors in self.tensors.items() if tensors}
+
     def value(self, value: object, path: tuple[Any, ...]) -> Any:
+        """The typed JSON of any value, at its place in the section."""
         kind = type(value)
         if value is None or kind is bool or kind is str:
             return value
@@ -111,6 +129,7 @@ class _Writer:
         return self.by_base_class(value, path)
 
     def by_base_class(self, value: object, path: tuple[Any, ...]) -> Any:
+        """Values whose type says less than a class that it comes from."""
         if isinstance(value, np.generic):
             return _encode_numpy_scalar(self, value, path)
         if isinstance(value, enum.Enum):
@@ -122,12 +141,15 @@ class _Writer:
         raise self.unsafe(value, path, f"is a {type(value).__module__}.{type(value).__qualname__}")
 
     def items(self, values: Any, path: tuple[Any, ...]) -> list[Any]:
+        """Each with its number as its place."""
         return [self.value(inner, (*path, index)) for index, inner in enumerate(values)]
 
     def pairs(self, values: Mapping[Any, Any], path: tuple[Any, ...]) -> list[list[Any]]:
+        """Keys that JSON does not have are values, too."""
         return [[self.value(key, (*path, key)), self.value(inner, (*path, key))] for key, inner in values.items()]
 
     def tensor(self, tensor: torch.Tensor, path: tuple[Any, ...]) -> dict[str, Any]:
+        """A reference to the tensor, with what its bytes do not say."""
         reason = is_storable(tensor)
         if reason is not None:
             raise self.unsafe(tensor, path, reason)
@@ -139,13 +161,13 @@ class _Writer:
             encoded["stride"] = list(plain.stride())
         if plain.dtype == torch.complex128:
             encoded["dtype"] = "complex128"
-        if isinstance(tensor, torch.nn.Parameter):
+        if isinstance(tensor, torch.nn.Parameter) and not self._is_plain:
             encoded["parameter"] = tensor.requires_grad
         return encoded
 
     def place(self, plain: torch.Tensor, path: tuple[Any, ...]) -> list[str]:
         """[section, name] of the tensor; one that shares all its memory with an earlier one gets that one's."""
-        stored = torch.view_as_real(plain) if plain.dtype == torch.complex128 else plain
+        stored = torch.view_as_real(plain.resolve_conj()) if plain.dtype == torch.complex128 else plain
         identity = (
             plain.untyped_storage().data_ptr() or id(plain),
             plain.storage_offset(),
@@ -153,15 +175,22 @@ class _Writer:
             plain.stride(),
             plain.dtype,
             str(plain.device),
+            plain.is_conj(),
+            plain.is_neg(),
         )
         if plain.numel() and identity in self._known:
             return self._known[identity]
         name = self.free_name(path)
-        self.tensors[self._section][name] = stored
+        self.store(name, stored)
         self._known[identity] = [self._section, name]
         return self._known[identity]
 
+    def store(self, name: str, tensor: torch.Tensor) -> None:
+        """Take in a tensor of the section under way, under a name that is free there."""
+        self.tensors[self._section][name] = tensor
+
     def free_name(self, path: tuple[Any, ...]) -> str:
+        """A name for the tensor at a place that no other of its section has."""
         taken = self.tensors[self._section]
         name = ".".join(str(key) for key in path) or "value"
         if len(name.encode()) > MAX_NAME_BYTES - 20 or not name.isprintable() or name == "__metadata__":
@@ -172,6 +201,7 @@ class _Writer:
         return candidate
 
     def unsafe(self, value: object, path: tuple[Any, ...], reason: str) -> UnsafeValueError:
+        """The error that names the place of a value."""
         place = self._section + "".join(f"[{key!r}]" for key in path)
         return UnsafeValueError(
             f"{place} {reason}, which has no safe form in a snapshot",
@@ -205,27 +235,40 @@ def _is_dense(shape: Sequence[int], strides: Sequence[int]) -> bool:
     return True
 
 
-def _encode_dict(writer: _Writer, value: dict[Any, Any], path: tuple[Any, ...]) -> Any:
+def _encode_dict(writer: TreeWriter, value: dict[Any, Any], path: tuple[Any, ...]) -> Any:
     if all(type(key) is str and not key.startswith("$") for key in value):
         return {key: writer.value(inner, (*path, key)) for key, inner in value.items()}
     return {"$dict": writer.pairs(value, path)}
 
 
-def _encode_set(tag: str) -> Callable[[_Writer, Any, tuple[Any, ...]], Any]:
-    def encode(writer: _Writer, value: Any, path: tuple[Any, ...]) -> Any:
+def _encode_plain(writer: TreeWriter, value: Plain, path: tuple[Any, ...]) -> Any:
+    writer._is_plain = True
+    encoded = _encode_dict(writer, value, path)
+    writer._is_plain = False
+    return encoded
+
+
+def _encode_list(writer: TreeWriter, value: list[Any], path: tuple[Any, ...]) -> Any:
+    if {*map(type, value)} == {int} and min(value) >= -(2**63) and max(value) < 2**64:
+        return list(value)  # an optimizer's numbers of ten thousand parameters
+    return writer.items(value, path)
+
+
+def _encode_set(tag: str) -> Callable[[TreeWriter, Any, tuple[Any, ...]], Any]:
+    def encode(writer: TreeWriter, value: Any, path: tuple[Any, ...]) -> Any:
         return {tag: sorted(writer.items(value, path), key=json.dumps)}
 
     return encode
 
 
-def _encode_defaultdict(writer: _Writer, value: Any, path: tuple[Any, ...]) -> Any:
+def _encode_defaultdict(writer: TreeWriter, value: Any, path: tuple[Any, ...]) -> Any:
     factory = None if value.default_factory is None else value.default_factory.__name__
     if factory is not None and _FACTORIES.get(factory) is not value.default_factory:
         raise writer.unsafe(value, path, f"is a defaultdict of {factory}")
     return {"$defaultdict": {"factory": factory, "items": writer.pairs(value, path)}}
 
 
-def _encode_array(writer: _Writer, value: np.ndarray[Any, Any], path: tuple[Any, ...]) -> Any:
+def _encode_array(writer: TreeWriter, value: np.ndarray[Any, Any], path: tuple[Any, ...]) -> Any:
     if value.dtype.hasobject or value.dtype.names is not None or value.dtype.kind not in "biufcSUmM":
         raise writer.unsafe(value, path, f"is an array of dtype {value.dtype}")
     if value.nbytes > _INLINE_ARRAY_BYTES and value.dtype.kind in "biufc" and value.dtype.isnative:
@@ -239,15 +282,16 @@ def _encode_array(writer: _Writer, value: np.ndarray[Any, Any], path: tuple[Any,
     return {"$ndarray": {"dtype": value.dtype.str, "shape": list(value.shape), "data": data}}
 
 
-def _encode_numpy_scalar(writer: _Writer, value: Any, path: tuple[Any, ...]) -> Any:
+def _encode_numpy_scalar(writer: TreeWriter, value: Any, path: tuple[Any, ...]) -> Any:
     if value.dtype.hasobject or value.dtype.names is not None:
         raise writer.unsafe(value, path, f"is a scalar of dtype {value.dtype}")
     return {"$npscalar": [value.dtype.str, base64.b64encode(value.tobytes()).decode()]}
 
 
-_ENCODERS: dict[type, Callable[[_Writer, Any, tuple[Any, ...]], Any]] = {
+_ENCODERS: dict[type, Callable[[TreeWriter, Any, tuple[Any, ...]], Any]] = {
     dict: _encode_dict,
-    list: lambda w, v, p: w.items(v, p),
+    Plain: _encode_plain,
+    list: _encode_list,
     tuple: lambda w, v, p: {"$tuple": w.items(v, p)},
     set: _encode_set("$set"),
     frozenset: _encode_set("$frozenset"),
