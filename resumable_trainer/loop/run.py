@@ -414,7 +414,8 @@ class Run:
     ) -> Iterator[Any]:
         """The batches themselves: between two of them only what is needed, everything bound once."""
         tell = None if self._probe is None else self._tell
-        batch_begins, is_due, cursor = self._watch.batch_begins, self._saver.is_due_after_batch, self._cursor
+        batch_begins, cursor = self._watch.batch_begins, self._cursor
+        is_due = self._saver.is_due_after_batch if self._policy.looks_at_batches else None
         for batch in iterator:
             if tell is not None:
                 tell("batch", batch)
@@ -429,7 +430,7 @@ class Run:
             if self._loop is not loop:
                 self._refuse_ended(session)
             self._end_batch(loop)
-            if notices.pending or self._snapshot_wanted or is_due(cursor.step):
+            if notices.pending or self._snapshot_wanted or (is_due is not None and is_due(cursor.step)):
                 self._boundary()
             if tell is not None:
                 tell("step")

@@ -53,9 +53,7 @@ class Saver:
     def is_due_after_batch(self, step: int) -> bool:
         """Whether the policy wants a snapshot now that `step` batches of the run are finished."""
         policy = self._policy
-        if policy.every_steps is None and policy.every_seconds is None:
-            return False
-        return policy.due_after_batch(step, self._clock() - self._last_at)
+        return policy.looks_at_batches and policy.due_after_batch(step, self._clock() - self._last_at)
 
     def is_due_after_epoch(self, epochs: int) -> bool:
         """Whether the policy wants a snapshot now that `epochs` epochs are finished."""

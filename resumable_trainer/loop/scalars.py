@@ -30,6 +30,9 @@ def take(values: Mapping[str, object]) -> dict[str, PendingScalar]:
     for name, value in values.items():
         kind = type(value)
         # The usual ones first: every step comes by here.
+        if kind is torch.Tensor and value.is_cpu and not value.ndim:  # type: ignore[attr-defined]
+            value = value.item()  # type: ignore[attr-defined]
+            kind = type(value)
         taken[name] = value if kind is float or kind is int else _take_one(name, value)  # type: ignore[assignment]
     return taken
 
