@@ -18,6 +18,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Self
 
+import torch
 from torch import nn
 
 from resumable_trainer.durable.files import Files, make_directories
@@ -36,7 +37,7 @@ from resumable_trainer.errors import (
     UsageError,
 )
 from resumable_trainer.snapshot.committer import Committer, Hooks
-from resumable_trainer.snapshot.layout import EVENTS, OWN_NAMES, RUN_LOCK, Position, parse_name, snapshot_name
+from resumable_trainer.snapshot.layout import EVENTS, FROZEN, OWN_NAMES, RUN_LOCK, Position, parse_name, snapshot_name
 from resumable_trainer.snapshot.manifest import Best, JournalMark, Manifest, PositionFields
 from resumable_trainer.snapshot.pending import PendingSnapshot
 from resumable_trainer.snapshot.plan import Planner
@@ -44,6 +45,7 @@ from resumable_trainer.snapshot.reader import Reader
 from resumable_trainer.snapshot.retention import Kept, to_delete
 from resumable_trainer.snapshot.store import Store
 from resumable_trainer.snapshot.tree import BAD_VALUES, Flat, Plain
+from resumable_trainer.snapshot.unchanged import WORTH_BYTES
 from resumable_trainer.state import generators, modes, staging
 from resumable_trainer.state.parts import (
     RESERVED_NAMES,
@@ -289,7 +291,12 @@ class StateManager:
         trees["gradients"] = gradients
         trees["generators"] = generators.capture_global()
         trees.update(sections or {})
-        return self._planner.flatten(trees)
+        return self._planner.flatten(trees, self._lying_apart(trees))
+
+    def _lying_apart(self, trees: Mapping[str, Any]) -> dict[str, list[str]]:
+        """Tensors of each module that get a file of their own: those that are not trained, if they are worth it."""
+        frozen = {name: found["frozen"] for name, found in trees["modes"].items() if name + FROZEN not in trees}
+        return {name: keys for name, keys in frozen.items() if _num_bytes(trees[name], keys) >= WORTH_BYTES}
 
     def stage(self, captured: Flat) -> Flat:
         """A copy of a captured state that later training cannot change; blocks for one memory copy.
@@ -590,6 +597,11 @@ def usable(directory: Path) -> Iterator[None]:
 def _tree_of(part: object) -> object:
     tensors = live_tensors(part) if isinstance(part, nn.Module) else None
     return capture_part(part) if tensors is None else Plain(tensors)
+
+
+def _num_bytes(tree: Mapping[str, Any], keys: Sequence[str]) -> int:
+    tensors = [tree[key] for key in keys if isinstance(tree.get(key), torch.Tensor)]
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
 
 def _order(name: str) -> tuple[int, bool, int]:

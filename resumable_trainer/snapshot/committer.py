@@ -83,6 +83,8 @@ class Committer:
     def continue_from(self, manifest: Manifest | None) -> None:
         """The newest durable snapshot from now on; what else there is, is looked up anew."""
         self.newest, self._kept = manifest, None
+        directory = None if manifest is None else self._store.path(manifest.name)
+        self._worked.unchanged.start_from(directory, {} if manifest is None else manifest.files)
 
     def commit(self, flat: Flat, facts: Kept, hooks: Hooks) -> int | None:
         """Make a snapshot durable, then apply retention.
@@ -119,6 +121,7 @@ class Committer:
                     raise
                 attempt += 1
             else:
+                self._worked.unchanged.committed(self._store.path(facts.name), self.newest.files)
                 # Crash here: the snapshot is durable; only old ones that retention would delete are still there.
                 return self.newest.total_bytes
 

@@ -10,6 +10,7 @@ from resumable_trainer.errors import UnsafeValueError
 from resumable_trainer.snapshot.layout import STATE, TENSORS_SUFFIX
 from resumable_trainer.snapshot.manifest import FileEntry
 from resumable_trainer.snapshot.tensors import Image
+from resumable_trainer.snapshot.unchanged import Unchanged
 from resumable_trainer.snapshot.values import MAX_STATE_BYTES
 
 if TYPE_CHECKING:
@@ -31,11 +32,13 @@ class Worked:
     Attributes:
         images: By section: its tensors, and how they lie in memory.
         texts: By section: its values, and their JSON.
+        unchanged: Files that need not be written again.
     """
 
     def __init__(self) -> None:
         self.images: dict[str, tuple[Mapping[str, torch.Tensor], Image]] = {}
         self.texts: dict[str, tuple[Any, str]] = {}
+        self.unchanged = Unchanged()
 
     def image(self, section: str, tensors: Mapping[str, torch.Tensor]) -> Image:
         """How a section's tensors lie; worked out anew unless the very same dict of them is given again."""
@@ -86,7 +89,7 @@ def size(flat: Flat, values: bytes, worked: Worked | None = None) -> tuple[int, 
 def write_files(
     files: Files, directory: Path, flat: Flat, values: bytes, worked: Worked | None = None
 ) -> dict[str, FileEntry]:
-    """Write and sync every file but the manifest; what the manifest is to say of each.
+    """Write and sync every file but the manifest, or link what is unchanged; what the manifest is to say of each.
 
     Args:
         files: Primitive operations.
@@ -102,10 +105,18 @@ def write_files(
     entries = {STATE: _entry(write_new_file(files, directory / STATE, values))}
     for section, tensors in flat.tensors.items():
         name = section + TENSORS_SUFFIX
-        with NewFile(directory / name, files=files) as file:
-            worked.image(section, tensors).write(file)
-        entries[name] = _entry(file.digest)
+        entries[name] = _linked_or_written(files, directory / name, worked.image(section, tensors), worked.unchanged)
     return entries
+
+
+def _linked_or_written(files: Files, path: Path, image: Image, unchanged: Unchanged) -> FileEntry:
+    if unchanged.is_likely(path.name):
+        entry = _entry(image.digest())
+        if unchanged.link(files, path, entry):
+            return entry
+    with NewFile(path, files=files) as file:
+        image.write(file)
+    return _entry(file.digest)
 
 
 def _entry(digest: FileDigest) -> FileEntry:
