@@ -99,10 +99,30 @@ def test_only_the_bytes_decide(tmp_path: Path) -> None:
         expected = {name: tensor.clone() for name, tensor in net.state_dict().items()}
         save(manager, net, 4)
         assert number(tmp_path, 4) not in numbers(tmp_path, 1, 2, 3)
+        manager.store.verify("step-000000004")
         train(net)
         net[0].weight.data.zero_()  # type: ignore[index]
         manager.restore()
         assert torch.equal(net[0].weight, expected["0.weight"])  # type: ignore[index]
+
+
+def test_a_file_of_the_same_length_is_not_the_same_file(tmp_path: Path) -> None:
+    net = model()
+    with manager_of(tmp_path, net) as manager:
+        for step in range(1, 9):
+            if step in (2, 5):
+                net[0].weight.data.add_(1)  # type: ignore[index]
+            save(manager, net, step)
+            manager.store.verify(f"step-{step:09d}")
+
+
+def test_neighbours_do_not_share_a_file_either_when_the_one_between_is_gone(tmp_path: Path) -> None:
+    net = model()
+    with manager_of(tmp_path, net) as manager:
+        save(manager, net, 1, 2, 3)
+        manager.store.delete("step-000000002")
+        save(manager, net, 4)
+        assert number(tmp_path, 1) == number(tmp_path, 3) != number(tmp_path, 4)
 
 
 def test_a_file_that_was_the_same_the_last_time_is_linked_though_nothing_says_that_it_is_frozen(tmp_path: Path) -> None:
