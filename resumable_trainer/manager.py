@@ -19,6 +19,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol, Self
 
+import torch
 from torch import nn
 
 from resumable_trainer.durable.files import Files, make_directories
@@ -38,7 +39,7 @@ from resumable_trainer.errors import (
 )
 from resumable_trainer.snapshot.committer import Committer, Hooks, Newest
 from resumable_trainer.snapshot.dictation import Dictation, Draft
-from resumable_trainer.snapshot.layout import EVENTS, OWN_NAMES, RUN_LOCK, Position, parse_name, snapshot_name
+from resumable_trainer.snapshot.layout import EVENTS, FROZEN, OWN_NAMES, RUN_LOCK, Position, parse_name, snapshot_name
 from resumable_trainer.snapshot.manifest import Manifest
 from resumable_trainer.snapshot.pending import PendingSnapshot
 from resumable_trainer.snapshot.plan import Planner
@@ -46,6 +47,7 @@ from resumable_trainer.snapshot.reader import Reader
 from resumable_trainer.snapshot.retention import Kept, to_delete
 from resumable_trainer.snapshot.store import Store
 from resumable_trainer.snapshot.tree import BAD_VALUES, Flat, Plain
+from resumable_trainer.snapshot.unchanged import WORTH_BYTES
 from resumable_trainer.snapshot.writer import StateFiles, Worked
 from resumable_trainer.state import generators, modes, staging
 from resumable_trainer.state.parts import (
@@ -315,7 +317,12 @@ class StateManager:
         trees.update(sections or {})
         if "generators" not in trees:
             trees["generators"] = generators.capture_global()
-        return self._planner.flatten(trees)
+        return self._planner.flatten(trees, self._lying_apart(trees))
+
+    def _lying_apart(self, trees: Mapping[str, Any]) -> dict[str, list[str]]:
+        """Tensors of each module that get a file of their own: those that are not trained, if they are worth it."""
+        frozen = {name: found["frozen"] for name, found in trees["modes"].items() if name + FROZEN not in trees}
+        return {name: keys for name, keys in frozen.items() if keys and _num_bytes(trees[name], keys) >= WORTH_BYTES}
 
     def stage(self, captured: Flat) -> Flat:
         """A copy of a captured state that later training cannot change; blocks for one memory copy.
@@ -420,14 +427,15 @@ class StateManager:
             note=self.note,
         )
         try:
-            num_bytes = self._committer.commit(content, retained, hooks)
+            manifest = self._committer.commit(content, retained, hooks)
         except RunHeldError:
             raise
         except OSError as error:
             raise self._write_error(facts.name, error) from error
-        if num_bytes is None:
+        if manifest is None:
             return
-        self._note_committed(facts, num_bytes, time.monotonic() - started)
+        self._worked.unchanged.committed(self.store.path(facts.name), manifest.files)
+        self._note_committed(facts, manifest.total_bytes, time.monotonic() - started)
         self._committer.retire(retained, self.note)
 
     def _note_committed(self, facts: Facts, num_bytes: int, seconds: float) -> None:
@@ -527,7 +535,9 @@ class StateManager:
             newer = [other for other in self.store.names() if _order(other) > _order(name)]
         self._committer.continue_from(Newest.of(manifest))
         if manifest is None:
+            self._worked.unchanged.start_from(None, {})
             return RestoreReport()
+        self._worked.unchanged.start_from(self.store.path(manifest.name), manifest.files)
         if self.run_id and manifest.run_id and manifest.run_id != self.run_id:
             raise StateMismatchError(
                 f"snapshot {manifest.name} in {self.directory} belongs to run {manifest.run_id}, not {self.run_id}",
@@ -646,6 +656,11 @@ def usable(directory: Path) -> Iterator[None]:
 def _tree_of(part: object) -> object:
     tensors = live_tensors(part) if isinstance(part, nn.Module) else None
     return capture_part(part) if tensors is None else Plain(tensors)
+
+
+def _num_bytes(tree: Mapping[str, Any], keys: Sequence[str]) -> int:
+    tensors = [tree[key] for key in keys if isinstance(tree.get(key), torch.Tensor)]
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
 
 def _order(name: str) -> tuple[int, bool, int]:

@@ -111,6 +111,10 @@ class Files:
         """Give a name, taking it from whatever had it."""
         os.replace(source, target)
 
+    def link(self, source: Path, target: Path) -> None:
+        """Give a file one more name, which must be free; its content is as durable as before, its new name is not."""
+        os.link(source, target)
+
     def sync_directory(self, path: Path) -> None:
         """Make a directory's entries durable."""
         fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)

@@ -110,7 +110,7 @@ class Committer:
         """The newest durable snapshot from now on; what else there is, is looked up anew."""
         self.newest, self._kept = newest, None
 
-    def commit(self, content: Content, facts: Kept, hooks: Hooks) -> int | None:
+    def commit(self, content: Content, facts: Kept, hooks: Hooks) -> Manifest | None:
         """Make a snapshot durable; retention is applied by `retire`.
 
         Args:
@@ -119,7 +119,7 @@ class Committer:
             hooks: See there.
 
         Returns:
-            Bytes of all its files but the manifest; None if this very snapshot is the newest durable one already.
+            Its manifest; None if this very snapshot is the newest durable one already.
 
         Raises:
             OSError: It could not be made durable; what was durable before still is.
@@ -146,7 +146,7 @@ class Committer:
             else:
                 # Crash here: the snapshot is durable; only old ones that retention would delete are still there.
                 self.newest = Newest.of(manifest)
-                return manifest.total_bytes
+                return manifest
 
     def _attempt(self, content: Content, name: str, hooks: Hooks) -> Manifest:
         temporary = self._store.begin(name, token=secrets.token_hex(6))

@@ -16,6 +16,7 @@ OWN_NAMES = (RUN_JSON, RUN_LOCK, EVENTS, METRICS, SNAPSHOTS, QUARANTINE, SET_ASI
 MANIFEST = "manifest.json"
 STATE = "state.json"
 TENSORS_SUFFIX = ".safetensors"
+FROZEN = ".frozen"  # a section's tensors that are not trained lie in SECTION.frozen.safetensors
 OWN_SECTIONS = ("generators", "gradients", "loop", "modes")  # beside the parts
 
 _NAME = re.compile(r"step-(\d{9,18})(?:-epoch-(\d{6,18}))?")

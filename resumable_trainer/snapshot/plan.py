@@ -20,7 +20,7 @@ import torch
 from resumable_trainer.snapshot.tree import Flat, Plain, TreeWriter
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Collection, Mapping, Sequence
 
 _TENSORS = {torch.Tensor, torch.nn.Parameter}
 _DICTS = (dict, Plain)
@@ -34,17 +34,15 @@ class Planner:
     def __init__(self) -> None:
         self._plan: _Plan | None = None
 
-    def flatten(self, sections: Mapping[str, object]) -> Flat:
-        """Take named trees apart into values and tensors; nothing is copied.
-
-        Raises:
-            UnsafeValueError: A value that has no safe form on disk; the message names its place.
-        """
-        again = self._plan.follow(sections) if self._plan is not None else None
+    def flatten(self, sections: Mapping[str, object], apart: Mapping[str, Collection[str]] | None = None) -> Flat:
+        """Take named trees apart into values and tensors; arguments and errors are those of `tree.flatten`."""
+        apart = apart or {}
+        is_planned = self._plan is not None and self._plan.apart == apart
+        again = self._plan.follow(sections) if self._plan is not None and is_planned else None
         if again is not None:
             return again
         self._plan = None
-        recorder = _Recorder()
+        recorder = _Recorder(apart)
         values = {name: recorder.section(name, tree) for name, tree in sections.items()}
         self._plan = recorder.plan()
         return Flat(values, recorder.found(), self._plan)
@@ -82,7 +80,7 @@ class _Recorder(TreeWriter):
     leaves: list[torch.Tensor] = field(default_factory=list)
     marked: list[torch.Tensor] = field(default_factory=list)  # those in which it is said what is a parameter
     nodes: list[_Node] = field(default_factory=list)
-    stored: dict[str, dict[str, int]] = field(default_factory=dict)  # section -> name -> number of its leaf
+    stored: dict[str, dict[str, int]] = field(default_factory=dict)  # file -> name -> number of its leaf
     _is_within_node: bool = False
 
     def value(self, value: object, path: tuple[Any, ...]) -> Any:
@@ -105,20 +103,22 @@ class _Recorder(TreeWriter):
             self.nodes.append(_Node(self._section, path, None, None, None, encoded))
         return encoded
 
-    def store(self, name: str, tensor: torch.Tensor) -> None:
-        super().store(name, tensor)
-        self.stored.setdefault(self._section, {})[name] = len(self.leaves)
+    def store(self, file: str, name: str, tensor: torch.Tensor) -> None:
+        super().store(file, name, tensor)
+        self.stored.setdefault(file, {})[name] = len(self.leaves)
 
     def plan(self) -> _Plan | None:
         """What the next state may follow; None if this one is too unusual."""
         if not all({*map(type, node.path)} <= _PLACES for node in self.nodes):
             return None
         likeness = _likeness(self.leaves, self.marked)
-        return None if likeness is None else _Plan(self.nodes, self.stored, likeness)
+        stored = {file: self.stored[file] for file in self.found()}  # Invariant: files come in the order of `found`
+        return None if likeness is None else _Plan(self.apart, self.nodes, stored, likeness)
 
 
 @dataclass(frozen=True, eq=False)
 class _Plan:
+    apart: Mapping[str, Collection[str]]
     nodes: list[_Node]
     stored: dict[str, dict[str, int]]
     likeness: tuple[Any, ...]
@@ -135,8 +135,8 @@ class _Plan:
             return None
         live = follower.leaves
         tensors = {
-            section: dict(zip(numbers, [live[number] for number in numbers.values()], strict=True))
-            for section, numbers in self.stored.items()
+            file: dict(zip(numbers, [live[number] for number in numbers.values()], strict=True))
+            for file, numbers in self.stored.items()
         }
         return Flat(values, tensors, self)
 

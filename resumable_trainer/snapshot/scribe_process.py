@@ -60,11 +60,10 @@ class _Desk:
         facts = kept_of(manifest({}))
         hooks = Hooks(check=self._check, before_manifest=self._sync_rows, manifest=manifest, note=note)
         committer = Committer(self._store, files=self._files, retain=lambda _: [])  # its owner knows what stays
-        num_bytes = committer.commit(ReadyFiles(files), facts, hooks)
-        assert num_bytes is not None
-        assert committer.newest is not None
+        written = committer.commit(ReadyFiles(files), facts, hooks)
+        assert written is not None
         delete_each(self._store, order["delete"], note)
-        return {"own_digest": committer.newest.own_digest, "num_bytes": num_bytes, "notes": notes}
+        return {"own_digest": written.own_digest, "num_bytes": written.total_bytes, "notes": notes}
 
     def _sync_rows(self) -> None:
         if self._rows >= 0:

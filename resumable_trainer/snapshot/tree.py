@@ -28,11 +28,12 @@ import numpy as np
 import torch
 
 from resumable_trainer.errors import UnsafeValueError
+from resumable_trainer.snapshot.layout import FROZEN
 from resumable_trainer.snapshot.raw import MAX_NAME_BYTES
 from resumable_trainer.snapshot.tensors import is_storable
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Callable, Collection, Mapping, Sequence
 
 MAX_DEPTH = 40
 _INLINE_ARRAY_BYTES = 1024
@@ -54,7 +55,7 @@ class Flat:
 
     Attributes:
         values: Typed JSON by section.
-        tensors: Tensors by section and name; detached, as live as they were handed in.
+        tensors: Tensors by file (a section, or what lies apart of it) and name; as live as they were handed in.
         structure: Two states that have the very same object here have equal sections, names, shapes and dtypes.
     """
 
@@ -70,13 +71,18 @@ class Plain(dict[str, Any]):
     """
 
 
-def flatten(sections: Mapping[str, object]) -> Flat:
+def flatten(sections: Mapping[str, object], apart: Mapping[str, Collection[str]] | None = None) -> Flat:
     """Take named trees apart into values and tensors; nothing is copied.
+
+    Args:
+        sections: Trees by name.
+        apart: By section: keys of tensors in its tree that are to lie in the file `SECTION.frozen`, so that a file
+            in which nothing has changed need not be written again.
 
     Raises:
         UnsafeValueError: A value that has no safe form on disk; the message names its place.
     """
-    writer = TreeWriter()
+    writer = TreeWriter(apart or {})
     values = {name: writer.section(name, tree) for name, tree in sections.items()}
     return Flat(values, writer.found())
 
@@ -95,19 +101,22 @@ def unflatten(values: Mapping[str, Any], tensor: Callable[[str, str], torch.Tens
 class TreeWriter:
     """Encodes one tree after the other, and collects their tensors."""
 
+    apart: Mapping[str, Collection[str]] = field(default_factory=dict)
     tensors: dict[str, dict[str, torch.Tensor]] = field(default_factory=dict)
     _known: dict[tuple[Any, ...], list[str]] = field(default_factory=dict)
     _section: str = ""
+    _apart: Collection[str] = frozenset()
     _is_plain: bool = False
 
     def section(self, name: str, tree: object) -> Any:
         """A tree's typed JSON; its tensors go to the section of this name."""
         self._section = name
+        self._apart = frozenset(self.apart.get(name, ()))
         self.tensors[name] = {}
         return self.value(tree, ())
 
     def found(self) -> dict[str, dict[str, torch.Tensor]]:
-        """The tensors of all sections that have any."""
+        """The tensors of all files that have any."""
         return {name: tensors for name, tensors in self.tensors.items() if tensors}
 
     def value(self, value: object, path: tuple[Any, ...]) -> Any:
@@ -166,7 +175,7 @@ class TreeWriter:
         return encoded
 
     def place(self, plain: torch.Tensor, path: tuple[Any, ...]) -> list[str]:
-        """[section, name] of the tensor; one that shares all its memory with an earlier one gets that one's."""
+        """[file, name] of the tensor; one that shares all its memory with an earlier one gets that one's."""
         stored = torch.view_as_real(plain.resolve_conj()) if plain.dtype == torch.complex128 else plain
         identity = (
             plain.untyped_storage().data_ptr() or id(plain),
@@ -180,18 +189,19 @@ class TreeWriter:
         )
         if plain.numel() and identity in self._known:
             return self._known[identity]
-        name = self.free_name(path)
-        self.store(name, stored)
-        self._known[identity] = [self._section, name]
+        file = self._section + FROZEN if len(path) == 1 and path[0] in self._apart else self._section
+        name = self.free_name(file, path)
+        self.store(file, name, stored)
+        self._known[identity] = [file, name]
         return self._known[identity]
 
-    def store(self, name: str, tensor: torch.Tensor) -> None:
-        """Take in a tensor of the section under way, under a name that is free there."""
-        self.tensors[self._section][name] = tensor
+    def store(self, file: str, name: str, tensor: torch.Tensor) -> None:
+        """Take in a tensor under a name that is free in its file."""
+        self.tensors.setdefault(file, {})[name] = tensor
 
-    def free_name(self, path: tuple[Any, ...]) -> str:
-        """A name for the tensor at a place that no other of its section has."""
-        taken = self.tensors[self._section]
+    def free_name(self, file: str, path: tuple[Any, ...]) -> str:
+        """A name for the tensor at a place that no other in its file has."""
+        taken = self.tensors.get(file, {})
         name = ".".join(str(key) for key in path) or "value"
         if len(name.encode()) > MAX_NAME_BYTES - 20 or not name.isprintable() or name == "__metadata__":
             name = "tensor"

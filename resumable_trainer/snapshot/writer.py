@@ -11,6 +11,7 @@ from resumable_trainer.errors import UnsafeValueError
 from resumable_trainer.snapshot.layout import STATE, TENSORS_SUFFIX
 from resumable_trainer.snapshot.manifest import FileEntry
 from resumable_trainer.snapshot.tensors import Image
+from resumable_trainer.snapshot.unchanged import Unchanged
 from resumable_trainer.snapshot.values import MAX_STATE_BYTES
 
 if TYPE_CHECKING:
@@ -33,11 +34,13 @@ class Worked:
     Attributes:
         images: By section: its tensors, and how they lie in memory.
         texts: By section: its values, and their JSON.
+        unchanged: Files that need not be written again.
     """
 
     def __init__(self) -> None:
         self.images: dict[str, tuple[Mapping[str, torch.Tensor], Image]] = {}
         self.texts: dict[str, tuple[Any, str]] = {}
+        self.unchanged = Unchanged()
 
     def image(self, section: str, tensors: Mapping[str, torch.Tensor]) -> Image:
         """How a section's tensors lie; worked out anew unless the very same dict of them is given again."""
@@ -107,7 +110,7 @@ class StateFiles:
         return {section + TENSORS_SUFFIX: worked.image(section, named) for section, named in tensors.items()}
 
     def write(self, files: Files, directory: Path) -> dict[str, FileEntry]:
-        """Write and sync every file but the manifest; what the manifest is to say of each.
+        """Write and sync every file but the manifest, or link what is unchanged; what the manifest is to say of each.
 
         Args:
             files: Primitive operations.
@@ -118,9 +121,7 @@ class StateFiles:
         """
         entries = {STATE: _entry(write_new_file(files, directory / STATE, self._values))}
         for name, image in self._images().items():
-            with NewFile(directory / name, files=files) as file:
-                image.write(file)
-            entries[name] = _entry(file.digest)
+            entries[name] = _linked_or_written(files, directory / name, image, self._worked.unchanged)
         return entries
 
     def in_memory(self) -> dict[str, bytes]:
@@ -136,6 +137,16 @@ class StateFiles:
 class _Pieces(list["Buffer"]):
     def write(self, data: Buffer) -> None:
         self.append(data)
+
+
+def _linked_or_written(files: Files, path: Path, image: Image, unchanged: Unchanged) -> FileEntry:
+    if unchanged.is_likely(path.name):
+        entry = _entry(image.digest())
+        if unchanged.link(files, path, entry):
+            return entry
+    with NewFile(path, files=files) as file:
+        image.write(file)
+    return _entry(file.digest)
 
 
 def _entry(digest: FileDigest) -> FileEntry:

@@ -181,6 +181,35 @@ def test_what_has_another_structure_is_taken_apart_anew(change: Change) -> None:
         first = state()
 
 
+@pytest.mark.parametrize(
+    "names", [["layer.weight"], ["buffer"], ["layer.weight", "layer.bias", "buffer", "empty"], ["?"]]
+)
+def test_what_lies_apart_follows_the_plan_in_the_same_order(names: list[str]) -> None:
+    planner, tree, apart = Planner(), state(), {"model": names}
+    first = planner.flatten(tree, apart)
+    assert list(first.tensors.get("model.frozen", ())) == [name for name in names if name != "?"]
+    again = planner.flatten(other := state(), dict(apart))
+    assert again.structure is first.structure
+    assert same(first, flatten(tree, apart))
+    assert same(again, flatten(other, apart))
+    assert [[*named] for named in again.tensors.values()] == [[*named] for named in first.tensors.values()]
+    assert list(again.tensors) == list(first.tensors)
+    for less in ({}, {"optimizer": names}, None):
+        assert same(planner.flatten(other, less), flatten(other, less))
+
+
+def test_what_lies_apart_is_told_by_its_place_at_the_root_alone() -> None:
+    tree = {"s": {"w": torch.ones(1), "inner": {"w": torch.ones(2)}, "tied": None}, "t": {"w": torch.ones(3)}}
+    tree["s"]["tied"] = tree["s"]["w"]
+    flat = flatten(tree, {"s": ["w"]})
+    assert {file: list(named) for file, named in flat.tensors.items()} == {
+        "s": ["inner.w"],
+        "s.frozen": ["w"],
+        "t": ["w"],
+    }
+    assert flat.values["s"]["tied"] == flat.values["s"]["w"] == {"$tensor": ["s.frozen", "w"]}
+
+
 def test_names_depend_on_what_came_before_and_stay_the_same() -> None:
     tree: dict[str, Any] = {"s": {"a": {"b.c": torch.ones(1)}, "a.b": {"c": torch.ones(2)}, "x": 3}}
     planner = Planner()
