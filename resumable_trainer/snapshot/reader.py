@@ -12,6 +12,7 @@ from resumable_trainer.snapshot.tree import BAD_VALUES, unflatten
 from resumable_trainer.snapshot.values import read_values
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from pathlib import Path
 
     import torch
@@ -59,19 +60,32 @@ class Reader:
 
             def read(section: str, name: str) -> torch.Tensor:
                 if section not in open_files:
-                    open_files[section] = stack.enter_context(self._tensor_file(section))
+                    open_files[section] = stack.enter_context(self.tensor_file(section))
                 return open_files[section].read(name)
 
-            try:
-                return unflatten(values, read)
-            except DamagedSnapshotError:
-                raise
-            except BAD_VALUES as error:
-                raise DamagedSnapshotError(f"{STATE} does not describe a state: {error}", path=self._path) from error
-            except MemoryError as error:  # not damaged: another machine may hold it
-                raise ResumableTrainerError(f"{self._path} does not fit into memory", path=self._path) from error
+            return self.unflatten(values, read)
 
-    def _tensor_file(self, section: str) -> TensorFile:
+    def unflatten(self, values: dict[str, Any], read: Callable[[str, str], torch.Tensor]) -> dict[str, Any]:
+        """Trees from the snapshot's values; `read(section, name)` gives a tensor.
+
+        Raises:
+            DamagedSnapshotError: The values do not describe a state.
+        """
+        try:
+            return unflatten(values, read)
+        except DamagedSnapshotError:
+            raise
+        except BAD_VALUES as error:
+            raise DamagedSnapshotError(f"{STATE} does not describe a state: {error}", path=self._path) from error
+        except MemoryError as error:  # not damaged: another machine may hold it
+            raise ResumableTrainerError(f"{self._path} does not fit into memory", path=self._path) from error
+
+    def tensor_file(self, section: str) -> TensorFile:
+        """The file of a section's tensors, opened.
+
+        Raises:
+            DamagedSnapshotError: There is none, or it is none.
+        """
         name = section + TENSORS_SUFFIX
         if name not in self._manifest.files:
             raise DamagedSnapshotError(f"{STATE} speaks of {name!r}, the manifest does not", path=self._path)

@@ -34,7 +34,7 @@ from resumable_trainer.snapshot.layout import (
     parse_name,
 )
 from resumable_trainer.snapshot.manifest import from_bytes
-from resumable_trainer.snapshot.verify import read_manifest, verify
+from resumable_trainer.snapshot.verify import read_manifest, verify, verify_outline
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -84,6 +84,20 @@ class Store:
         """
         with still_there(self.path(name)):
             return verify(self.path(name))
+
+    def newest_to_read(self) -> Manifest | None:
+        """The newest snapshot, all of it checked but the digests of its tensor files, if there is one to fall back to.
+
+        For who hashes those files while reading them into place, and takes an older snapshot where one is damaged.
+        None if this one is damaged already, or the only one: then `newest_valid` says what there is.
+        """
+        names = self.names()
+        if len(names) < 2:
+            return None
+        try:
+            return verify_outline(self.path(names[-1]))
+        except (DamagedSnapshotError, FileNotFoundError):
+            return None
 
     def manifest(self, name: str) -> Manifest:
         """A snapshot's manifest, verified itself; the other files are not read.

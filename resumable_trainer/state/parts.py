@@ -19,6 +19,7 @@ from torch.optim import Optimizer
 from resumable_trainer.errors import SettingsError, StateMismatchError
 from resumable_trainer.state import generators
 from resumable_trainer.state.compare import differences
+from resumable_trainer.state.filling import Stored
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -71,7 +72,13 @@ def capture_part(part: object) -> object:
 
 
 def mismatches(name: str, part: object, saved: object) -> list[str]:
-    """Why `saved` cannot be put into `part`, one line per reason; nothing is touched."""
+    """Why `saved` cannot be put into `part`, one line per reason; nothing is touched.
+
+    Args:
+        name: The part's name.
+        part: The live part.
+        saved: Its saved tree; a `Stored` in the place of a tensor will do.
+    """
     if isinstance(part, nn.Module):
         return _module_mismatches(name, part, saved)
     if isinstance(part, Optimizer):
@@ -92,7 +99,7 @@ def _module_mismatches(name: str, module: nn.Module, saved: object) -> list[str]
 
 
 def _tensor_mismatch(place: str, live: torch.Tensor, saved: object) -> list[str]:
-    if not isinstance(saved, torch.Tensor):
+    if not isinstance(saved, torch.Tensor | Stored):
         return [f"{place} was saved as {type(saved).__name__}, the script has a tensor"]
     if isinstance(live, nn.UninitializedParameter | nn.UninitializedBuffer):
         return []
