@@ -53,7 +53,7 @@ from resumable_trainer.state.parts import (
 
 if TYPE_CHECKING:
     import os
-    from collections.abc import Callable, Iterator, Mapping, Sequence
+    from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
     from types import TracebackType
 
     from resumable_trainer.metrics.early_stopping import BestValue
@@ -541,7 +541,10 @@ class StateManager:
         """
         assert found.manifest is not None
         name = found.manifest.name
-        with OpenSnapshot(self.store.path(name), found.manifest, is_verified=found.is_verified) as snapshot:
+        with (
+            filling.without_collections(),
+            OpenSnapshot(self.store.path(name), found.manifest, is_verified=found.is_verified) as snapshot,
+        ):
             with usable(self.directory):
                 fillings, sections = self._read(snapshot, name, strictly=strictly)
             own = {part: sections.pop(part) for part in list(sections) if part in self.state}
@@ -576,9 +579,10 @@ class StateManager:
         trees = snapshot.outlines(outlined, filling.Stored)
         fillings: dict[str, filling.Filling] = {}
         if trees is not None:
-            self._check_fit(snapshot, name, {part: trees.get(part) for part in parts}, strictly=strictly)
             plans = {part: filling.plan(part, self.state[part], tree) for part, tree in trees.items()}
             fillings = {part: plan for part, plan in plans.items() if plan is not None}
+            saved = {part: trees.get(part) for part in parts}
+            self._check_fit(snapshot, name, saved, fitting=fillings, strictly=strictly)
             fillings = {part: plan for part, plan in fillings.items() if snapshot.fills(part, plan.targets)}
             fillings = filling.without_overlaps(fillings)
         snapshot.check(but=fillings)
@@ -588,7 +592,7 @@ class StateManager:
             snapshot.check()
             sections, _ = snapshot.sections()
         if trees is None:
-            self._check_fit(snapshot, name, sections, strictly=strictly)
+            self._check_fit(snapshot, name, sections, fitting=(), strictly=strictly)
         return fillings, sections
 
     def _restore_parts(
@@ -627,15 +631,23 @@ class StateManager:
         # Invariant: generators come last, so that nothing above can draw from what was restored.
         return generators.restore_global(sections["generators"]) if "generators" in sections else []
 
-    def _check_fit(self, snapshot: OpenSnapshot, name: str, saved: Mapping[str, object], *, strictly: bool) -> None:
-        """Every mismatch in one error, before anything is touched."""
+    def _check_fit(
+        self,
+        snapshot: OpenSnapshot,
+        name: str,
+        saved: Mapping[str, object],
+        *,
+        fitting: Collection[str],
+        strictly: bool,
+    ) -> None:
+        """Every mismatch in one error, before anything is touched; `fitting` are parts that are known to fit."""
         if not strictly:
             return
         unknown = [other for other in snapshot.names if other not in self.state and other not in RESERVED_NAMES]
         lines = [f"part {part!r} is not in the snapshot" for part in self.state if part not in saved]
         lines += [f"part {other!r} is in the snapshot, the script hands over none" for other in unknown]
         for part in self.state:
-            if part in saved:
+            if part in saved and part not in fitting:
                 lines += mismatches(part, self.state[part], saved[part])
         if lines:
             snapshot.check()  # what is damaged may be taken for what does not fit

@@ -178,9 +178,12 @@ class RawTensorFile:
     def _parse_one(self, name: str, fields: Any) -> TensorInfo:
         try:
             code, shape, (begin, end) = fields["dtype"], fields["shape"], fields["data_offsets"]
-            if set(fields) != {"dtype", "shape", "data_offsets"} or len(name.encode()) > MAX_NAME_BYTES:
+            if len(fields) != 3 or len(name.encode()) > MAX_NAME_BYTES:
                 raise ValueError("unknown fields or too long a name")
-            if not all(type(n) is int and 0 <= n < 2**48 for n in (*shape, begin, end)) or len(shape) > 64:
+            for number in (*shape, begin, end):
+                if type(number) is not int or not 0 <= number < 2**48:
+                    raise ValueError("bad numbers")
+            if len(shape) > 64:
                 raise ValueError("bad numbers")
             if end - begin != math.prod(shape) * ITEM_BYTES[code]:
                 raise ValueError("its offsets do not fit its shape")

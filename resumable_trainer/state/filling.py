@@ -11,6 +11,8 @@ tensors that were filled.
 
 from __future__ import annotations
 
+import gc
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
@@ -23,7 +25,7 @@ from torch.optim import Optimizer
 from resumable_trainer.state.compare import differences
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Mapping, Sequence
+    from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 _MODULE_METHODS = (
     "state_dict",
@@ -107,6 +109,18 @@ class Filling:
         return self.finish()
 
 
+@contextmanager
+def without_collections() -> Iterator[None]:
+    """Let the garbage collector rest: among ten thousand new tensors it takes longer than all else, for nothing."""
+    was_on = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_on:
+            gc.enable()
+
+
 def can_plan(part: object) -> bool:
     """Whether a part is of a kind that may be filled."""
     return isinstance(part, nn.Module | Optimizer)
@@ -166,6 +180,9 @@ def _loads_plainly(module: nn.Module) -> bool:
         own = vars(each)
         if any(own.get(hooks) for hooks in _MODULE_HOOKS) or not own.keys().isdisjoint(_MODULE_METHODS):
             return False
+        live = (*own["_parameters"].values(), *own["_buffers"].values())
+        if any(tensor is not None and type(tensor) not in _PLAIN_TYPES for tensor in live):
+            return False  # one of a subclass may take bytes in another way
     return True
 
 
