@@ -65,7 +65,8 @@ class Store:
             OSError: The directory cannot be read; that is not "none".
         """
         try:
-            entries = [entry.name for entry in self._root.iterdir()]
+            with os.scandir(self._root) as found_there:
+                entries = [entry.name for entry in found_there]
         except FileNotFoundError:
             return []
         parsed = {name: found for name in entries if (found := parse_name(name)) is not None}
@@ -249,11 +250,14 @@ class Store:
         """Remove what dead processes left unfinished; names of the snapshots that never came to be."""
         swept = []
         for root in (self._root, self.run_directory):
-            for entry in sorted(root.iterdir()) if root.exists() else ():
-                if entry.name.startswith((TEMPORARY_PREFIX, TRASH_PREFIX)):
-                    remove_tree(self._files, entry)
-                    if root == self._root and entry.name.startswith(TEMPORARY_PREFIX):
-                        swept.append(entry.name.removeprefix(TEMPORARY_PREFIX))
+            if not root.exists():
+                continue
+            with os.scandir(root) as entries:
+                names = [entry.name for entry in entries if entry.name.startswith((TEMPORARY_PREFIX, TRASH_PREFIX))]
+            for name in sorted(names):
+                remove_tree(self._files, root / name)
+                if root == self._root and name.startswith(TEMPORARY_PREFIX):
+                    swept.append(name.removeprefix(TEMPORARY_PREFIX))
         return swept
 
     def _below(self, name: str) -> Path:
