@@ -18,7 +18,7 @@ STATE = "state.json"
 TENSORS_SUFFIX = ".safetensors"
 OWN_SECTIONS = ("generators", "gradients", "loop", "modes")  # beside the parts
 
-_NAME = re.compile(r"step-(\d{9,18})(?:-epoch-(\d{6,18}))?")
+_NAME = re.compile(r"step-([0-9]{9,18})(?:-epoch-([0-9]{6,18}))?")
 
 
 @dataclass(frozen=True, order=True)
