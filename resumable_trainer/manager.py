@@ -577,22 +577,19 @@ class StateManager:
         parts = [part for part in self.state if part in snapshot.names]
         outlined = [part for part in parts if filling.can_plan(self.state[part])]
         trees = snapshot.outlines(outlined, filling.Stored)
-        fillings: dict[str, filling.Filling] = {}
-        if trees is not None:
-            plans = {part: filling.plan(part, self.state[part], tree) for part, tree in trees.items()}
-            fillings = {part: plan for part, plan in plans.items() if plan is not None}
-            saved = {part: trees.get(part) for part in parts}
-            self._check_fit(snapshot, name, saved, fitting=fillings, strictly=strictly)
-            fillings = {part: plan for part, plan in fillings.items() if snapshot.fills(part, plan.targets)}
-            fillings = filling.without_overlaps(fillings)
+        plans = {part: filling.plan(part, self.state[part], tree) for part, tree in trees.items()}
+        fitting = {part: plan for part, plan in plans.items() if plan is not None}
+        if strictly:
+            self._check_fit(snapshot, name, {part: trees.get(part) for part in parts}, fitting=fitting)
+        fillings = filling.without_overlaps(
+            {part: plan for part, plan in fitting.items() if snapshot.fills(part, plan.targets)}
+        )
         snapshot.check(but=fillings)
         sections, shared = snapshot.sections(but=fillings)
         if any(fillings[part].keeps_targets for part in shared):  # two parts are to hold the very same tensor again
             fillings = {}
             snapshot.check()
             sections, _ = snapshot.sections()
-        if trees is None:
-            self._check_fit(snapshot, name, sections, fitting=(), strictly=strictly)
         return fillings, sections
 
     def _restore_parts(
@@ -638,11 +635,8 @@ class StateManager:
         saved: Mapping[str, object],
         *,
         fitting: Collection[str],
-        strictly: bool,
     ) -> None:
         """Every mismatch in one error, before anything is touched; `fitting` are parts that are known to fit."""
-        if not strictly:
-            return
         unknown = [other for other in snapshot.names if other not in self.state and other not in RESERVED_NAMES]
         lines = [f"part {part!r} is not in the snapshot" for part in self.state if part not in saved]
         lines += [f"part {other!r} is in the snapshot, the script hands over none" for other in unknown]

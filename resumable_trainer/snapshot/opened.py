@@ -14,7 +14,6 @@ from resumable_trainer.snapshot.in_place import fill
 from resumable_trainer.snapshot.layout import TENSORS_SUFFIX
 from resumable_trainer.snapshot.outline import Describe, Outliner
 from resumable_trainer.snapshot.reader import Reader
-from resumable_trainer.snapshot.tree import BAD_VALUES
 from resumable_trainer.snapshot.values import read_values
 
 if TYPE_CHECKING:
@@ -62,17 +61,15 @@ class OpenSnapshot:
         """Names of the sections."""
         return list(self._values)
 
-    def outlines(self, names: Iterable[str], describe: Describe) -> dict[str, Any] | None:
-        """The trees of some sections with a description in the place of each tensor; None if one has none.
+    def outlines(self, names: Iterable[str], describe: Describe) -> dict[str, Any]:
+        """The trees of some sections with a description in the place of each tensor.
 
         Raises:
-            DamagedSnapshotError: A tensor file does not hold what the format says.
+            DamagedSnapshotError: The files do not hold what the format says.
         """
         outliner = Outliner(self._file, describe)
-        try:
+        with self._reader.decoding():
             return {name: outliner.value(self._values[name]) for name in names}
-        except BAD_VALUES:
-            return None  # `sections` says what is wrong
 
     def fills(self, section: str, names: Collection[str]) -> bool:
         """Whether these are the names of all tensors in a section's file."""

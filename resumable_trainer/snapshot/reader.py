@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any
 
 from resumable_trainer.errors import DamagedSnapshotError, ResumableTrainerError
@@ -12,7 +12,7 @@ from resumable_trainer.snapshot.tree import BAD_VALUES, unflatten
 from resumable_trainer.snapshot.values import read_values
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
     from pathlib import Path
 
     import torch
@@ -71,8 +71,19 @@ class Reader:
         Raises:
             DamagedSnapshotError: The values do not describe a state.
         """
-        try:
+        with self.decoding():
             return unflatten(values, read)
+
+    @contextmanager
+    def decoding(self) -> Iterator[None]:
+        """Values that `flatten` does not write are damage.
+
+        Raises:
+            DamagedSnapshotError: There were such values.
+            ResumableTrainerError: There was not enough memory.
+        """
+        try:
+            yield
         except DamagedSnapshotError:
             raise
         except BAD_VALUES as error:

@@ -5,6 +5,7 @@ Free of torch. Cost: every byte of the snapshot is read once, at about memory or
 
 from __future__ import annotations
 
+import contextlib
 import os
 import stat
 from typing import TYPE_CHECKING
@@ -15,6 +16,7 @@ from resumable_trainer.snapshot import manifest as manifest_module
 from resumable_trainer.snapshot.layout import MANIFEST, TENSORS_SUFFIX, Position, snapshot_name
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
     from pathlib import Path
 
     from resumable_trainer.snapshot.manifest import FileEntry, Manifest
@@ -76,7 +78,8 @@ def verify_outline(path: Path) -> Manifest:
     manifest = read_manifest(path)
     for name, entry in manifest.files.items():
         if name.endswith(TENSORS_SUFFIX):
-            _check_length(path, name, entry)
+            with _readable(path, name):
+                _check_length(path, name, entry)
         else:
             verify_file(path, name, entry)
     return manifest
@@ -88,14 +91,9 @@ def verify_file(path: Path, name: str, entry: FileEntry) -> None:
     Raises:
         DamagedSnapshotError: It is not what was committed; the message says why.
     """
-    _check_length(path, name, entry)
-    try:
-        found = digest_file(path / name)
-    except FileNotFoundError:
-        raise _damaged(path, f"{name} is missing") from None
-    except ValueError as error:
-        raise _damaged(path, str(error)) from None
-    check_digest(path, name, entry, found)
+    with _readable(path, name):
+        _check_length(path, name, entry)
+        check_digest(path, name, entry, digest_file(path / name))
 
 
 def check_digest(path: Path, name: str, entry: FileEntry, found: FileDigest) -> None:
@@ -116,12 +114,22 @@ def _check_length(path: Path, name: str, entry: FileEntry) -> None:
         or len(name.encode(errors="replace")) > _MAX_NAME_BYTES
     ):
         raise _damaged(path, f"{MANIFEST} lists {name!r}, which is no file name")
-    try:
-        size = os.lstat(path / name).st_size
-    except FileNotFoundError:
-        raise _damaged(path, f"{name} is missing") from None
+    size = os.lstat(path / name).st_size
     if size != entry.num_bytes:
         raise _damaged(path, f"{name} has {size} bytes, the manifest says {entry.num_bytes}")
+
+
+@contextlib.contextmanager
+def _readable(path: Path, name: str) -> Iterator[None]:
+    """A file that is missing, or none that can be read from end to end, is damage."""
+    try:
+        yield
+    except FileNotFoundError:
+        raise _damaged(path, f"{name} is missing") from None
+    except DamagedSnapshotError:
+        raise
+    except ValueError as error:
+        raise _damaged(path, str(error)) from None
 
 
 def _damaged(path: Path, reason: str) -> DamagedSnapshotError:

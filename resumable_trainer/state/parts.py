@@ -2,7 +2,8 @@
 
 Policy: restoring is strict. All parts are compared with what was saved before anything is touched,
 and one error lists every mismatch; afterwards each part is captured again and must give back the
-bytes that were put in. Cost: one pass over the state each way, plus that comparison.
+bytes that were put in. Cost: one pass over the state each way, plus that comparison; a part that
+`filling` can fill is restored without both.
 """
 
 from __future__ import annotations
