@@ -14,7 +14,7 @@ import contextlib
 import datetime
 import math
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol, Self
@@ -41,15 +41,15 @@ from resumable_trainer.snapshot.committer import Committer, Hooks, Newest
 from resumable_trainer.snapshot.dictation import Dictation, Draft
 from resumable_trainer.snapshot.layout import EVENTS, FROZEN, OWN_NAMES, RUN_LOCK, Position, parse_name, snapshot_name
 from resumable_trainer.snapshot.manifest import Manifest
+from resumable_trainer.snapshot.opened import OpenSnapshot
 from resumable_trainer.snapshot.pending import PendingSnapshot
 from resumable_trainer.snapshot.plan import Planner
-from resumable_trainer.snapshot.reader import Reader
 from resumable_trainer.snapshot.retention import Kept, to_delete
 from resumable_trainer.snapshot.store import Store
 from resumable_trainer.snapshot.tree import BAD_VALUES, Flat, Plain
 from resumable_trainer.snapshot.unchanged import WORTH_BYTES
 from resumable_trainer.snapshot.writer import StateFiles, Worked
-from resumable_trainer.state import generators, modes, staging
+from resumable_trainer.state import filling, generators, modes, staging
 from resumable_trainer.state.parts import (
     RESERVED_NAMES,
     capture_part,
@@ -62,7 +62,7 @@ from resumable_trainer.state.parts import (
 
 if TYPE_CHECKING:
     import os
-    from collections.abc import Callable, Iterator, Mapping, Sequence
+    from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
     from types import TracebackType
 
     from resumable_trainer.metrics.early_stopping import BestValue
@@ -139,6 +139,8 @@ class RestoreReport:
         absent: What a snapshot holds beside the parts, and this one does not (it was imported): it is as
             the script left it.
         notes: Lines for a person: what could not be restored exactly.
+        is_verified: Whether every byte of it was checked before any was used; else tensors are checked while they
+            are read into the parts.
     """
 
     snapshot: str | None = None
@@ -148,6 +150,7 @@ class RestoreReport:
     set_aside: tuple[str, ...] = ()
     absent: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
+    is_verified: bool = True
 
 
 class StateManager:
@@ -197,6 +200,7 @@ class StateManager:
         self._worked = Worked()
         self._step_noted_at = -math.inf
         self._watch: modes.StepWatch | None = None
+        self._is_half_restored = False
 
     # -- life -------------------------------------------------------------------------------------
 
@@ -288,7 +292,7 @@ class StateManager:
         """Generation of the newest readable manifest: the lock file itself may have been lost."""
         for name in reversed(self.store.names()):
             try:
-                return self.store.verify(name).generation
+                return self.store.manifest(name).generation
             except (DamagedSnapshotError, SnapshotGoneError):
                 continue
         return 0
@@ -398,9 +402,17 @@ class StateManager:
             SettingsError: A position that cannot be.
             SnapshotWriteError: The snapshot before this one could not be made durable.
             UnsafeValueError: A value of the state has no safe form on disk.
+            UsageError: A restore has failed half-way, and none has succeeded since.
         """
         if min(epoch, batch, step) < 0:
             raise SettingsError(f"snapshot: position epoch={epoch} batch={batch} step={step} is negative")
+        if self._is_half_restored:
+            raise UsageError(
+                f"snapshot: a restore from {self.directory} has failed while it wrote into the parts, so that they hold"
+                " no state of the training",
+                path=self.directory,
+                hint="restore a snapshot that is valid, or start again",
+            )
         position = Position(epoch=epoch, batch=batch, step=step)
         complete = batch == 0 and epoch > 0
         facts = Facts(position=position, epoch_complete=complete, metrics=dict(metrics or {}))
@@ -498,31 +510,42 @@ class StateManager:
             A report; `report.snapshot` is None if the run has no snapshots yet.
 
         Raises:
-            NoValidSnapshotError: There are snapshots and none is valid.
+            NoValidSnapshotError: There are snapshots and none is valid. Nothing was touched, unless there are several
+                and the newest was found to be damaged only when its tensors had been read: the parts must not be
+                used then, and `snapshot` refuses to save them.
             NotFoundError: The snapshot asked for is not there.
             StateMismatchError: What was saved does not fit the parts; nothing was touched.
         """
-        found = self.find(which)
+        found = self.find(which, reading_next=True)
         if found.manifest is None:
             return found
-        report = self.apply(found)
+        report = self.apply_or_fall_back(found)
         self.set_aside(report.set_aside, reason=f"going back to {report.snapshot}")
         return report
 
-    def find(self, which: str = "latest") -> RestoreReport:
-        """Choose and verify a snapshot, quarantine damaged ones, and restore nothing yet."""
+    def find(self, which: str = "latest", *, reading_next: bool = False) -> RestoreReport:
+        """Choose and verify a snapshot, quarantine damaged ones, and restore nothing yet.
+
+        Args:
+            which: See `restore`.
+            reading_next: Where there is an older one to fall back to, leave the tensors of the newest to be checked
+                while they are read: `apply_or_fall_back` is called next.
+        """
         self.wait()
         _ = self.lock
         with usable(self.directory):
-            return self._find(which)
+            return self._find(which, reading_next=reading_next)
 
-    def _find(self, which: str) -> RestoreReport:
+    def _find(self, which: str, *, reading_next: bool) -> RestoreReport:
         quarantined: dict[str, str] = {}
-        if which == "latest":
+        unread = self.store.newest_to_read() if reading_next and which == "latest" else None
+        newer: list[str] = []
+        if unread is not None:
+            manifest: Manifest | None = unread
+        elif which == "latest":
             manifest = self.store.newest_valid(on_damage=lambda name, e: quarantined.update({name: e.message}))
             for name, reason in quarantined.items():
                 self.quarantine(name, reason)
-            newer: list[str] = []
         else:
             if not self.store.names():
                 raise NotFoundError(
@@ -545,7 +568,13 @@ class StateManager:
                 found=manifest.run_id,
                 expected=self.run_id,
             )
-        return RestoreReport(snapshot=manifest.name, manifest=manifest, quarantined=quarantined, set_aside=tuple(newer))
+        return RestoreReport(
+            snapshot=manifest.name,
+            manifest=manifest,
+            quarantined=quarantined,
+            set_aside=tuple(newer),
+            is_verified=unread is None,
+        )
 
     def quarantine(self, name: str, reason: str) -> None:
         """Move a damaged snapshot aside, with the reason; nothing is deleted."""
@@ -560,6 +589,18 @@ class StateManager:
             self.note("set_aside", snapshots=list(names), to=str(target), reason=reason)
             self._committer.continue_from(self._committer.newest)
 
+    def apply_or_fall_back(self, found: RestoreReport) -> RestoreReport:
+        """`apply` what was found; if it turns out to be damaged while it is read, the newest valid one instead.
+
+        All that the damaged one has left in the parts is written over: every part is restored whole.
+        """
+        try:
+            return self.apply(found)
+        except DamagedSnapshotError:
+            if found.is_verified:
+                raise
+        return self.apply(self.find())
+
     def apply(self, found: RestoreReport, *, strictly: bool = True) -> RestoreReport:
         """Put the chosen snapshot into the parts, and the global generators last.
 
@@ -571,16 +612,15 @@ class StateManager:
             The report with the other sections that were saved, and notes for a person.
         """
         assert found.manifest is not None
-        sections = Reader(self.store.path(found.manifest.name), found.manifest).sections()
-        own = {name: sections.pop(name) for name in list(sections) if name in self.state}
-        if strictly:
-            unknown = [name for name in sections if name not in RESERVED_NAMES]
-            self._check_fit(found.manifest.name, own, unknown)
-        notes = []
-        for name, part in self.state.items():
-            restore_part(name, part, own[name])
-            if strictly:
-                notes += self._check_faithful(name, part, own[name])
+        name = found.manifest.name
+        with (
+            filling.without_collections(),
+            OpenSnapshot(self.store.path(name), found.manifest, is_verified=found.is_verified) as snapshot,
+        ):
+            with usable(self.directory):
+                fillings, sections = self._read(snapshot, name, strictly=strictly)
+            own = {part: sections.pop(part) for part in list(sections) if part in self.state}
+            notes = self._restore_parts(snapshot, fillings, own, strictly=strictly)
         try:
             notes += self._apply_own(sections)
         except BAD_VALUES as error:
@@ -589,15 +629,66 @@ class StateManager:
                 f" version does not write: {error}",
                 path=self.store.path(found.manifest.name),
             ) from error
-        return RestoreReport(
-            snapshot=found.snapshot,
-            manifest=found.manifest,
+        self._is_half_restored = False
+        return replace(
+            found,
             sections=sections,
-            quarantined=found.quarantined,
-            set_aside=found.set_aside,
+            is_verified=True,
             absent=tuple(name for name in ("generators", "gradients", "modes") if name not in sections),
             notes=tuple(notes),
         )
+
+    def _read(
+        self, snapshot: OpenSnapshot, name: str, *, strictly: bool
+    ) -> tuple[dict[str, filling.Filling], dict[str, Any]]:
+        """Which parts are to be filled, and all else that was saved; nothing is touched.
+
+        Raises:
+            StateMismatchError: The parts are compared, and do not fit.
+        """
+        parts = [part for part in self.state if part in snapshot.names]
+        outlined = [part for part in parts if filling.can_plan(self.state[part])]
+        trees = snapshot.outlines(outlined, filling.Stored)
+        plans = {part: filling.plan(part, self.state[part], tree) for part, tree in trees.items()}
+        fitting = {part: plan for part, plan in plans.items() if plan is not None}
+        if strictly:
+            self._check_fit(snapshot, name, {part: trees.get(part) for part in parts}, fitting=fitting)
+        fillings = filling.without_overlaps(
+            {part: plan for part, plan in fitting.items() if snapshot.fills(part, plan.targets)}
+        )
+        snapshot.check(but=fillings)
+        sections, shared = snapshot.sections(but=fillings)
+        if any(fillings[part].keeps_targets for part in shared):  # two parts are to hold the very same tensor again
+            fillings = {}
+            snapshot.check()
+            sections, _ = snapshot.sections()
+        return fillings, sections
+
+    def _restore_parts(
+        self,
+        snapshot: OpenSnapshot,
+        fillings: Mapping[str, filling.Filling],
+        own: Mapping[str, Any],
+        *,
+        strictly: bool,
+    ) -> list[str]:
+        """Put the saved state into each part in turn; notes for a person."""
+        notes = []
+        for name, part in self.state.items():
+            if name in fillings:
+                self._is_half_restored = True
+                with usable(self.directory):
+                    snapshot.fill(name, fillings[name].targets)
+                self._is_half_restored = False
+                wrong = fillings[name].filled()
+            else:
+                restore_part(name, part, own[name])
+                wrong = unfaithful(name, part, own[name]) if strictly else []
+            if wrong and strictly:
+                notes.append(
+                    f"part {name!r} does not give back what was put in, so it may not resume exactly: {wrong[0]}"
+                )
+        return notes
 
     def _apply_own(self, sections: Mapping[str, Any]) -> list[str]:
         """Put back what is saved beside the parts; notes for a person."""
@@ -609,29 +700,29 @@ class StateManager:
         # Invariant: generators come last, so that nothing above can draw from what was restored.
         return generators.restore_global(sections["generators"]) if "generators" in sections else []
 
-    def _check_fit(self, snapshot: str, own: Mapping[str, object], unknown: Sequence[str]) -> None:
-        """Every mismatch in one error, before anything is touched."""
-        lines = [f"part {name!r} is not in the snapshot" for name in self.state if name not in own]
-        lines += [f"part {name!r} is in the snapshot, the script hands over none" for name in unknown]
-        for name, part in self.state.items():
-            if name in own:
-                lines += mismatches(name, part, own[name])
+    def _check_fit(
+        self,
+        snapshot: OpenSnapshot,
+        name: str,
+        saved: Mapping[str, object],
+        *,
+        fitting: Collection[str],
+    ) -> None:
+        """Every mismatch in one error, before anything is touched; `fitting` are parts that are known to fit."""
+        unknown = [other for other in snapshot.names if other not in self.state and other not in RESERVED_NAMES]
+        lines = [f"part {part!r} is not in the snapshot" for part in self.state if part not in saved]
+        lines += [f"part {other!r} is in the snapshot, the script hands over none" for other in unknown]
+        for part in self.state:
+            if part in saved and part not in fitting:
+                lines += mismatches(part, self.state[part], saved[part])
         if lines:
+            snapshot.check()  # what is damaged may be taken for what does not fit
             raise StateMismatchError(
-                f"snapshot {snapshot} in {self.directory} does not fit the script:\n  " + "\n  ".join(lines) + "\n",
+                f"snapshot {name} in {self.directory} does not fit the script:\n  " + "\n  ".join(lines) + "\n",
                 path=self.directory,
                 found=lines,
                 hint="restore the script's old model, or start a new line with: resumable-trainer run --fresh ...",
             )
-
-    def _check_faithful(self, name: str, part: object, saved: object) -> list[str]:
-        """What the part does not hold now although it was put in."""
-        wrong = unfaithful(name, part, saved)
-        return (
-            [f"part {name!r} does not give back what was put in, so it may not resume exactly: {wrong[0]}"]
-            if wrong
-            else []
-        )
 
 
 @contextlib.contextmanager

@@ -11,8 +11,6 @@ import time
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from tqdm import tqdm
-
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
@@ -50,7 +48,7 @@ class Progress:
             return
         for line in lines:
             if self._style == "bar":
-                tqdm.write(line, file=sys.stderr)
+                _bars().write(line, file=sys.stderr)
             else:
                 print(line, file=sys.stderr, flush=True)  # noqa: T201 - this is the program's screen
 
@@ -58,14 +56,14 @@ class Progress:
         """The loop over epochs begins, `done` of `total` lie behind."""
         self._total_epochs = total
         if self._style == "bar":
-            self._epochs = tqdm(total=total, initial=done, desc="epochs", unit="epoch", file=sys.stderr, leave=True)
+            self._epochs = _bars()(total=total, initial=done, desc="epochs", unit="epoch", file=sys.stderr, leave=True)
 
     def begin_batches(self, epoch: int, total: int | None, done: int) -> None:
         """The loop over an epoch's batches begins, `done` of `total` lie behind."""
         self._uncounted = 0
         if self._style == "bar":
             self._make_batches = partial(
-                tqdm,
+                _bars(),
                 total=total,
                 initial=done,
                 desc=f"epoch {epoch + 1}/{self._total_epochs}",
@@ -131,3 +129,10 @@ class Progress:
 def _joined(values: Mapping[str, float], extra: str) -> str:
     shown = " ".join(f"{name} {value:.4g}" for name, value in values.items())
     return " | ".join(part for part in (shown, extra) if part)
+
+
+def _bars() -> Any:
+    """Imported by who shows bars."""
+    from tqdm import tqdm
+
+    return tqdm

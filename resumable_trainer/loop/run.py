@@ -48,6 +48,7 @@ if TYPE_CHECKING:
     from resumable_trainer.data.sources import Source
     from resumable_trainer.loop.probe import Place
     from resumable_trainer.metrics.early_stopping import EarlyStopping
+    from resumable_trainer.snapshot.manifest import Manifest
     from resumable_trainer.snapshot.tree import Flat
 
 _SHOW_ROWS_SECONDS = 1.0
@@ -169,7 +170,7 @@ class Run:
         self._versions = identity.versions()
         self._facts = identity.current_facts(self._command, seed=self._seed, state=self._state)
         which = opening.begin_line(self._manager, self._record, self.directory)
-        report = self._manager.find(which)
+        report = self._manager.find(which, reading_next=True)
         lines = screen.swept(self._manager.swept) + screen.quarantined(report)
         lines += [f"warning {line}" for line in filesystem.warnings(self.directory)]
         if report.manifest is None:
@@ -189,12 +190,13 @@ class Run:
     def _resume(self, found: RestoreReport) -> None:
         """Restore the chosen snapshot, and say what was found."""
         assert found.manifest is not None
-        manifest = found.manifest
-        self._saved_facts = manifest.depends_on
-        drift = identity.drift(self._saved_facts, self._facts)
-        drift += identity.settings_drift(manifest.settings, self._settings)
-        self._refuse_drift(drift)
-        applied = self._manager.apply(found)
+        drift = self._drift_since(found.manifest)
+        applied = self._manager.apply_or_fall_back(found)
+        assert applied.manifest is not None
+        manifest = applied.manifest
+        if manifest is not found.manifest:  # that one was damaged
+            self._screen.say(screen.quarantined(applied))
+            drift = self._drift_since(manifest)
         report = opening.with_loop(applied, self._record, self._seed)
         self._manager.set_aside(report.set_aside, reason=f"going back to {report.snapshot}")
         lines = opening.rewind(self._manager, self._record, manifest)
@@ -208,6 +210,14 @@ class Run:
         self._screen.say(screen.banner(self.directory, self._state, self._facts))
         lines = screen.begins_anew(applied, self._seed) + lines
         self._screen.say([*screen.resumed(report, self._record), *lines, *screen.drift(drift), *report.notes])
+
+    def _drift_since(self, manifest: Manifest) -> list[str]:
+        """What the run depends on and has changed since a snapshot; refused if `strict` is set."""
+        self._saved_facts = manifest.depends_on
+        drift = identity.drift(self._saved_facts, self._facts)
+        drift += identity.settings_drift(manifest.settings, self._settings)
+        self._refuse_drift(drift)
+        return drift
 
     def _refuse_drift(self, lines: list[str]) -> None:
         if lines and self._strict:

@@ -43,7 +43,7 @@ _TORCH_DTYPES = {str(d).removeprefix("torch."): d for d in vars(torch).values() 
 TensorReader = "Callable[[str, str], torch.Tensor]"
 # What decoding may raise on values that `flatten` does not write.
 BAD_VALUES = (ValueError, TypeError, LookupError, ArithmeticError, AttributeError, RuntimeError, struct.error)
-_TENSOR_FIELDS = frozenset({"$tensor", "device", "stride", "dtype", "parameter"})
+TENSOR_FIELDS = frozenset({"$tensor", "device", "stride", "dtype", "parameter"})
 _MAX_VARIANTS = 4  # of one stored tensor: as it is, and as a parameter with and without a gradient
 _MAX_EQUAL_HASHES = 1000
 _NUMPY_DTYPE = re.compile(r"[<>|=][biufcSUmM]\d{1,9}(\[\w{1,40}\])?")
@@ -93,7 +93,7 @@ def unflatten(values: Mapping[str, Any], tensor: Callable[[str, str], torch.Tens
     Raises:
         ValueError: Values that `flatten` does not write.
     """
-    reader = _Reader(tensor)
+    reader = TreeReader(tensor)
     return {name: reader.value(encoded) for name, encoded in values.items()}
 
 
@@ -166,7 +166,7 @@ class TreeWriter:
         encoded: dict[str, Any] = {"$tensor": self.place(plain, path)}
         if plain.device.type != "cpu":
             encoded["device"] = str(plain.device)
-        if not plain.is_contiguous() and _is_dense(plain.shape, plain.stride()):
+        if not plain.is_contiguous() and is_dense(plain.shape, plain.stride()):
             encoded["stride"] = list(plain.stride())
         if plain.dtype == torch.complex128:
             encoded["dtype"] = "complex128"
@@ -235,7 +235,7 @@ def _float_of(word: str) -> float:
     return float(struct.unpack(">d", bytes.fromhex(bits))[0])
 
 
-def _is_dense(shape: Sequence[int], strides: Sequence[int]) -> bool:
+def is_dense(shape: Sequence[int], strides: Sequence[int]) -> bool:
     """Whether a tensor fills its memory without gaps and overlaps, in some order of its dimensions."""
     expected = 1
     for stride, size in sorted((s, n) for s, n in zip(strides, shape, strict=True) if n != 1):
@@ -323,13 +323,24 @@ _ENCODERS: dict[type, Callable[[TreeWriter, Any, tuple[Any, ...]], Any]] = {
 }
 
 
-class _Reader:
+class TreeReader:
+    """Typed JSON back to the values that it stands for.
+
+    Args:
+        tensor: Reads one tensor of a section, by both names.
+    """
+
     def __init__(self, tensor: Callable[[str, str], torch.Tensor]) -> None:
         self._read = tensor
         self._tensors: dict[tuple[str, str, str], torch.Tensor] = {}
         self._variants: collections.Counter[tuple[str, str]] = collections.Counter()
 
     def value(self, encoded: Any) -> Any:
+        """One value.
+
+        Raises:
+            ValueError: A value that `flatten` does not write.
+        """
         if isinstance(encoded, list):
             return [self.value(inner) for inner in encoded]
         if not isinstance(encoded, dict):
@@ -345,6 +356,7 @@ class _Reader:
         return decode(self, encoded[tag])
 
     def pairs(self, encoded: list[list[Any]]) -> list[tuple[Any, Any]]:
+        """Keys and values of a mapping."""
         pairs = [(self.value(key), self.value(inner)) for key, inner in encoded]
         _check_hashes([key for key, _ in pairs])
         return pairs
@@ -358,10 +370,10 @@ class _Reader:
     def tensor(self, encoded: dict[str, Any]) -> torch.Tensor:
         """Equal references give the very same tensor: what was tied is tied again."""
         section, name = encoded["$tensor"]
-        key = (section, name, json.dumps(encoded, sort_keys=True))
+        key = (section, name, "" if len(encoded) == 1 else json.dumps(encoded, sort_keys=True))
         if key not in self._tensors:
             self._variants[section, name] += 1
-            if not encoded.keys() <= _TENSOR_FIELDS or self._variants[section, name] > _MAX_VARIANTS:
+            if not encoded.keys() <= TENSOR_FIELDS or self._variants[section, name] > _MAX_VARIANTS:
                 raise ValueError(f"state.json speaks of tensor {name!r} of {section!r} in a way that is never written")
             tensor = self._read(section, name)
             if "dtype" in encoded:
@@ -378,6 +390,7 @@ class _Reader:
         return self._tensors[key]
 
     def array(self, encoded: dict[str, Any]) -> np.ndarray[Any, Any]:
+        """An array of NumPy's."""
         dtype = _numpy_dtype(encoded["dtype"])
         if "tensor" in encoded:
             return self.tensor(encoded["tensor"]).numpy().view(dtype)
@@ -387,7 +400,7 @@ class _Reader:
 
 def _strided(tensor: torch.Tensor, stride: list[int]) -> torch.Tensor:
     """The same values laid out as they were, channels_last say: kernels round differently on other layouts."""
-    if not _is_dense(tensor.shape, stride):  # before memory is asked for
+    if not is_dense(tensor.shape, stride):  # before memory is asked for
         raise ValueError(f"state.json gives stride {stride} for shape {list(tensor.shape)}")
     return torch.empty_strided(tensor.shape, stride, dtype=tensor.dtype).copy_(tensor)
 
@@ -418,7 +431,7 @@ def _numpy_dtype(text: str) -> np.dtype[Any]:
     return np.dtype(text)
 
 
-def _decode_enum(_reader: _Reader, encoded: list[str]) -> Any:
+def _decode_enum(_reader: TreeReader, encoded: list[str]) -> Any:
     """Looked up among what is loaded already, never imported: no code of a stranger runs.
 
     Nor any other: attributes of modules may import more when they are asked for, so only what is there counts.
@@ -432,33 +445,33 @@ def _decode_enum(_reader: _Reader, encoded: list[str]) -> Any:
     return found[member]
 
 
-def _decode_numpy_scalar(_reader: _Reader, encoded: list[str]) -> Any:
+def _decode_numpy_scalar(_reader: TreeReader, encoded: list[str]) -> Any:
     data = base64.b64decode(encoded[1], validate=True)
     return np.frombuffer(data, dtype=_numpy_dtype(encoded[0]))[0]
 
 
-def _decode_defaultdict(reader: _Reader, encoded: dict[str, Any]) -> Any:
+def _decode_defaultdict(reader: TreeReader, encoded: dict[str, Any]) -> Any:
     factory = None if encoded["factory"] is None else _FACTORIES[encoded["factory"]]
     return collections.defaultdict(factory, reader.pairs(encoded["items"]))
 
 
-def _decode_complex(reader: _Reader, encoded: list[Any]) -> complex:
+def _decode_complex(reader: TreeReader, encoded: list[Any]) -> complex:
     real, imaginary = reader.value(encoded)
     return complex(real, imaginary)
 
 
-def _decode_timedelta(_reader: _Reader, encoded: list[int]) -> datetime.timedelta:
+def _decode_timedelta(_reader: TreeReader, encoded: list[int]) -> datetime.timedelta:
     days, seconds, microseconds = encoded
     return datetime.timedelta(days, seconds, microseconds)
 
 
-def _decode_size(_reader: _Reader, encoded: list[int]) -> torch.Size:
+def _decode_size(_reader: TreeReader, encoded: list[int]) -> torch.Size:
     if not all(type(n) is int and 0 <= n < 2**63 for n in encoded):
         raise ValueError("state.json holds a size that no tensor has")
     return torch.Size(encoded)
 
 
-_DECODERS: dict[str, Callable[[_Reader, Any], Any]] = {
+_DECODERS: dict[str, Callable[[TreeReader, Any], Any]] = {
     "$int": lambda _r, v: int(v, 16),
     "$float": lambda _r, v: _float_of(v),
     "$dict": lambda r, v: dict(r.pairs(v)),

@@ -2,7 +2,8 @@
 
 Policy: restoring is strict. All parts are compared with what was saved before anything is touched,
 and one error lists every mismatch; afterwards each part is captured again and must give back the
-bytes that were put in. Cost: one pass over the state each way, plus that comparison.
+bytes that were put in. Cost: one pass over the state each way, plus that comparison; a part that
+`filling` can fill is restored without both.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from torch.optim import Optimizer
 from resumable_trainer.errors import SettingsError, StateMismatchError
 from resumable_trainer.state import generators
 from resumable_trainer.state.compare import differences
+from resumable_trainer.state.filling import Stored
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -98,7 +100,13 @@ def _saves_as_torch_does(module: nn.Module) -> bool:
 
 
 def mismatches(name: str, part: object, saved: object) -> list[str]:
-    """Why `saved` cannot be put into `part`, one line per reason; nothing is touched."""
+    """Why `saved` cannot be put into `part`, one line per reason; nothing is touched.
+
+    Args:
+        name: The part's name.
+        part: The live part.
+        saved: Its saved tree; a `Stored` in the place of a tensor will do.
+    """
     if isinstance(part, nn.Module):
         return _module_mismatches(name, part, saved)
     if isinstance(part, Optimizer):
@@ -119,7 +127,7 @@ def _module_mismatches(name: str, module: nn.Module, saved: object) -> list[str]
 
 
 def _tensor_mismatch(place: str, live: torch.Tensor, saved: object) -> list[str]:
-    if not isinstance(saved, torch.Tensor):
+    if not isinstance(saved, torch.Tensor | Stored):
         return [f"{place} was saved as {type(saved).__name__}, the script has a tensor"]
     if isinstance(live, nn.UninitializedParameter | nn.UninitializedBuffer):
         return []

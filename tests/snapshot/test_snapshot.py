@@ -321,7 +321,9 @@ def test_names_sort_by_step_and_then_by_completeness(tmp_path: Path) -> None:
     ]
     for name in reversed(names):
         (tmp_path / "snapshots" / name).mkdir(parents=True)
-    for junk in ("step-7", "step-000000007-epoch-1", ".tmp-step-000000009-a", "step-0000000007", "x"):
+    junk_names = ["step-7", "step-000000007-epoch-1", ".tmp-step-000000009-a", "step-0000000007", "x"]
+    junk_names += ["step-000000007-epoch-0000001", "step-00000000\u0667", "step-000000007-epoch-00000\u0667"]
+    for junk in junk_names:
         (tmp_path / "snapshots" / junk).mkdir()
         assert parse_name(junk) is None
     assert Store(tmp_path).names() == names
