@@ -10,7 +10,7 @@ import torch
 from resumable_trainer.durable.digest import digest_file
 from resumable_trainer.durable.files import Files, NewFile
 from resumable_trainer.snapshot import tensors as tensors_module
-from resumable_trainer.snapshot.tensors import Image
+from resumable_trainer.snapshot.tensors import Image, TensorFile
 from resumable_trainer.snapshot.tree import Flat
 from resumable_trainer.snapshot.writer import StateFiles, Worked
 from resumable_trainer.state.staging import Arena
@@ -92,3 +92,11 @@ def test_what_was_worked_out_is_used_only_for_the_very_same_objects(tmp_path: Pa
         }
         for path in (tmp_path / f"a{number}").iterdir():
             assert path.read_bytes() == (tmp_path / f"b{number}" / path.name).read_bytes()
+
+
+def test_an_image_of_nothing_but_empty_tensors_is_its_header(tmp_path: Path) -> None:
+    named = {"a": torch.empty(0, 3), "b": torch.empty(0)}
+    written(tmp_path / "a", Image(named))
+    with TensorFile(tmp_path / "a") as file:
+        assert file.read("a").shape == (0, 3)
+    assert Image({}).num_bytes == 16
