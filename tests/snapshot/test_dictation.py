@@ -5,7 +5,9 @@ from __future__ import annotations
 import errno
 import json
 import os
+import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -228,6 +230,86 @@ def test_seldom_snapshots_start_no_process(tmp_path: Path, monkeypatch: pytest.M
             now += 0.1
             save(manager, step).wait()
         assert manager._dictation._scribe is not None
+
+
+def test_where_no_process_can_be_started_the_training_writes_by_itself(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(scribe.sys, "executable", str(tmp_path / "nothing"))
+    manager, _ = make(tmp_path / "run")
+    with manager:
+        for step in (1, 2):
+            pending = save(manager, step)
+            pending.wait()
+            assert not isinstance(pending, OrderedSnapshot)
+        assert manager.store.names() == ["step-000000001", "step-000000002"]
+        assert len(events(manager, "scribe_ended")) == 1
+
+
+def test_what_cannot_be_deleted_is_noted_and_no_reason_to_stop(
+    dictating: tuple[StateManager, torch.nn.Module],
+) -> None:
+    manager, _ = dictating
+    for step in (2, 3):
+        save(manager, step).wait()
+    shutil.rmtree(manager.store.path("step-000000001"))
+    save(manager, 4).wait()
+    assert [row["snapshot"] for row in events(manager, "not_deleted")] == ["step-000000001"]
+    save(manager, 5).wait()
+    assert manager.store.names() == ["step-000000003", "step-000000004", "step-000000005"]
+    assert not events(manager, "scribe_ended")
+
+
+def test_one_that_has_gone_is_found_out_when_it_is_asked(dictating: tuple[StateManager, torch.nn.Module]) -> None:
+    manager, _ = dictating
+    process_of(manager).kill()
+    writing = manager._dictation._scribe
+    assert writing is not None
+    with pytest.raises(scribe.ScribeError, match="it is gone"):
+        writing.answer()
+
+
+def test_one_that_hangs_is_killed_at_the_end(
+    dictating: tuple[StateManager, torch.nn.Module], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    manager, _ = dictating
+    monkeypatch.setattr(scribe, "_END_SECONDS", 0.1)
+    process = process_of(manager)
+    process.send_signal(signal.SIGSTOP)
+    manager.close()
+    assert process.returncode == -signal.SIGKILL
+
+
+def test_messages_that_end_too_early_or_never_are_told_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+    mine, other = socket.socketpair()
+    with mine, other:
+        scribe.send(other, {"a": 1}, {"file": b"12345"})
+        assert scribe.receive(mine) == ({"a": 1}, {"file": b"12345"})
+        other.sendall(b'[{}, [["file", 10]]]\n123')
+        other.shutdown(socket.SHUT_WR)
+        assert scribe.receive(mine) is None
+        assert scribe.receive(mine) is None
+    mine, other = socket.socketpair()
+    monkeypatch.setattr(scribe, "_MAX_LINE_BYTES", 10)
+    with mine, other:
+        other.sendall(b"x" * 11)
+        with pytest.raises(ValueError, match="without an end"):
+            scribe.receive(mine)
+
+
+@pytest.mark.parametrize("begin", [None, {"parent": 1}])
+def test_a_scribe_without_an_owner_ends(begin: dict[str, Any] | None) -> None:
+    mine, other = socket.socketpair()
+    process = subprocess.Popen(
+        [sys.executable, "-m", "resumable_trainer.snapshot.scribe_process"], stdin=other.fileno()
+    )
+    other.close()
+    with mine:
+        if begin is not None:
+            scribe.send(mine, begin)
+        else:
+            mine.shutdown(socket.SHUT_WR)
+        assert process.wait(PATIENCE_SECONDS) == 0
 
 
 class Told(Files):
