@@ -25,6 +25,7 @@ from resumable_trainer.durable.files import Files, make_directories
 from resumable_trainer.durable.filesystem import refuse_links
 from resumable_trainer.durable.journal import Journal, Mark
 from resumable_trainer.durable.lock import RunLock
+from resumable_trainer.durable.priority import yield_to_training
 from resumable_trainer.errors import (
     DamagedSnapshotError,
     NotFoundError,
@@ -334,7 +335,7 @@ class StateManager:
         _ = self.lock
         self.wait()
         write = partial(self._write_and_commit, staged, facts, before_commit)
-        pending = PendingSnapshot(facts.name, write, background=background)
+        pending = PendingSnapshot(facts.name, partial(_yielding, write) if background else write, background=background)
         self._in_flight = pending
         return pending
 
@@ -602,6 +603,11 @@ def _tree_of(part: object) -> object:
 def _num_bytes(tree: Mapping[str, Any], keys: Sequence[str]) -> int:
     tensors = [tree[key] for key in keys if isinstance(tree.get(key), torch.Tensor)]
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+
+def _yielding(write: Callable[[], None]) -> None:
+    yield_to_training()
+    write()
 
 
 def _order(name: str) -> tuple[int, bool, int]:
