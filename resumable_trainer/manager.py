@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any, Literal, Self
 
 import torch
 from torch import nn
+from torch.optim import Optimizer
 
 from resumable_trainer.durable.files import Files, make_directories
 from resumable_trainer.durable.filesystem import refuse_links
@@ -45,9 +46,10 @@ from resumable_trainer.snapshot.plan import Planner
 from resumable_trainer.snapshot.reader import Reader
 from resumable_trainer.snapshot.retention import Kept, to_delete
 from resumable_trainer.snapshot.store import Store
-from resumable_trainer.snapshot.tree import BAD_VALUES, Flat, Plain
+from resumable_trainer.snapshot.tree import BAD_VALUES, Flat, Plain, references
 from resumable_trainer.snapshot.unchanged import WORTH_BYTES
-from resumable_trainer.state import generators, modes, staging
+from resumable_trainer.state import generators, modes
+from resumable_trainer.state.overlap import Fence, changed_by_steps_alone
 from resumable_trainer.state.parts import (
     RESERVED_NAMES,
     capture_part,
@@ -57,6 +59,7 @@ from resumable_trainer.state.parts import (
     restore_part,
     unfaithful,
 )
+from resumable_trainer.state.staging import Arena
 
 if TYPE_CHECKING:
     import os
@@ -65,6 +68,7 @@ if TYPE_CHECKING:
 
     from resumable_trainer.metrics.early_stopping import BestValue
 
+Staging = Literal["copy", "overlapped"]
 Outcome = Literal["finished", "stopped_early"]
 
 
@@ -140,6 +144,9 @@ class StateManager:
         state: Parts by name: modules, optimizers, schedulers, scalers, anything with `state_dict()`
             and `load_state_dict()`, and random generators.
         retain: Which snapshots to delete, given all of them, oldest first. Default: keep the last 3.
+        staging: "copy": a snapshot's state is copied before the call returns. "overlapped": what only the optimizers
+            among the parts change is copied while the next forward and backward run; see `state.overlap` for the
+            conditions under which that is exact.
         lock: A lock of this directory that the caller has taken already.
         command: What to tell others who find the run held.
         files: Primitive file operations.
@@ -154,6 +161,7 @@ class StateManager:
         *,
         state: Mapping[str, object],
         retain: Callable[[Sequence[Kept]], list[str]] | None = None,
+        staging: Staging = "copy",
         lock: RunLock | None = None,
         command: str = "",
         files: Files | None = None,
@@ -172,7 +180,9 @@ class StateManager:
         self._events: Journal | None = None
         self._in_flight: PendingSnapshot | None = None
         self._planner = Planner()
-        self._arena = staging.Arena()
+        self._arena = Arena()
+        self._staging = staging
+        self._fence: Fence | None = None
         self._watch: modes.StepWatch | None = None
 
     # -- life -------------------------------------------------------------------------------------
@@ -202,6 +212,8 @@ class StateManager:
         if not self._lock.is_held:
             self._lock.acquire(known_generation=self._newest_generation(), command=self._command)
         self._events = Journal.open(self.directory / EVENTS, files=self.files)
+        if self._staging == "overlapped":
+            self._fence = Fence(self.state, self.settle)
         # Crash here: nothing but unfinished directories is gone; the sweep begins anew at the next start.
         self.swept = self.store.sweep()
 
@@ -213,7 +225,11 @@ class StateManager:
         """
         try:
             self.wait()
+            self.settle()
         finally:
+            if self._fence is not None:
+                self._fence.close()
+                self._fence = None
             try:
                 if self._events is not None:
                     self._events.close()
@@ -303,13 +319,28 @@ class StateManager:
         """A copy of a captured state that later training cannot change; blocks for one memory copy.
 
         It lies in memory that is used again: good until the next call, which first waits for the snapshot in flight.
+        With overlapped staging it is there when the next step of an optimizer begins, and no sooner.
 
         Raises:
             SnapshotWriteError: The snapshot in flight could not be made durable.
         """
         self.wait()
-        tensors = self._arena.stage(captured.tensors, structure=captured.structure)
+        later = self._changed_by_steps_alone(captured) if self._fence is not None else set()
+        tensors = self._arena.stage(captured.tensors, structure=captured.structure, later=later)
         return Flat(captured.values, tensors, captured.structure)
+
+    def settle(self) -> None:
+        """Block until the state that was staged last is copied; with the default staging it always is.
+
+        Raises:
+            UsageError: It was changed meanwhile by something else than an optimizer's step.
+        """
+        self._arena.settle()
+
+    def _changed_by_steps_alone(self, captured: Flat) -> set[tuple[str, str]]:
+        kinds = (nn.Module, Optimizer)
+        others = [values for name, values in captured.values.items() if not isinstance(self.state.get(name), kinds)]
+        return changed_by_steps_alone(self.state, captured.tensors, {*references(others)})
 
     def write(
         self,
@@ -335,7 +366,8 @@ class StateManager:
         _ = self.lock
         self.wait()
         write = partial(self._write_and_commit, staged, facts, before_commit)
-        pending = PendingSnapshot(facts.name, partial(_yielding, write) if background else write, background=background)
+        whole = partial(_one_after_the_other, self._arena.ready(), yield_to_training if background else int, write)
+        pending = PendingSnapshot(facts.name, whole, background=background)
         self._in_flight = pending
         return pending
 
@@ -456,6 +488,7 @@ class StateManager:
     def find(self, which: str = "latest") -> RestoreReport:
         """Choose and verify a snapshot, quarantine damaged ones, and restore nothing yet."""
         self.wait()
+        self.settle()
         _ = self.lock
         with usable(self.directory):
             return self._find(which)
@@ -513,6 +546,7 @@ class StateManager:
             The report with the other sections that were saved, and notes for a person.
         """
         assert found.manifest is not None
+        self.settle()
         sections = Reader(self.store.path(found.manifest.name), found.manifest).sections()
         own = {name: sections.pop(name) for name in list(sections) if name in self.state}
         if strictly:
@@ -605,9 +639,9 @@ def _num_bytes(tree: Mapping[str, Any], keys: Sequence[str]) -> int:
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
 
-def _yielding(write: Callable[[], None]) -> None:
-    yield_to_training()
-    write()
+def _one_after_the_other(*steps: Callable[[], object]) -> None:
+    for step in steps:
+        step()
 
 
 def _order(name: str) -> tuple[int, bool, int]:
