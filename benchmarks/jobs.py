@@ -247,6 +247,20 @@ def train_once(optimizer: torch.optim.Optimizer) -> None:
     optimizer.zero_grad(set_to_none=True)
 
 
+def work_of(*, seconds: float) -> Callable[[], None]:
+    """Multiplications of matrices that fit into a cache, for about so long: what forward and backward mostly are."""
+    factor = torch.randn(384, 384)
+
+    def multiply(times: int) -> None:
+        for _ in range(times):
+            torch.mm(factor, factor)
+
+    started = time.perf_counter()
+    multiply(100)
+    times = round(100 * seconds / (time.perf_counter() - started)) + 1
+    return lambda: multiply(times)
+
+
 def tensors_of(model: nn.Module, optimizer: torch.optim.Optimizer) -> list[torch.Tensor]:
     """All tensors of the two that are more than numbers."""
     states = [

@@ -9,7 +9,7 @@ import os
 import random
 import shutil
 import time
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
@@ -24,17 +24,25 @@ if TYPE_CHECKING:
 
 
 class Own:
-    """The package's StateManager, with the default staging.
+    """The package's StateManager.
 
     Args:
         directory: The run directory.
         parts: What it saves.
         keep: Whether all snapshots are kept, and removed by hand between measurements, as peers' files are.
+        staging: How it copies.
     """
 
-    def __init__(self, directory: Path, parts: dict[str, object], *, keep: bool = True) -> None:
+    def __init__(
+        self,
+        directory: Path,
+        parts: dict[str, object],
+        *,
+        keep: bool = True,
+        staging: Literal["copy", "overlapped"] = "copy",
+    ) -> None:
         retain = (lambda kept: []) if keep else None
-        self.manager = StateManager(directory, state=parts, retain=retain).open()
+        self.manager = StateManager(directory, state=parts, retain=retain, staging=staging).open()
         self._keep, self._step = keep, 0
 
     def save(self) -> tuple[float, float]:

@@ -21,11 +21,13 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol, Self
 
 import torch
 from torch import nn
+from torch.optim import Optimizer
 
 from resumable_trainer.durable.files import Files, make_directories
 from resumable_trainer.durable.filesystem import refuse_links
 from resumable_trainer.durable.journal import Journal, Mark
 from resumable_trainer.durable.lock import RunLock
+from resumable_trainer.durable.priority import yield_to_training
 from resumable_trainer.errors import (
     DamagedSnapshotError,
     NotFoundError,
@@ -46,10 +48,11 @@ from resumable_trainer.snapshot.pending import PendingSnapshot
 from resumable_trainer.snapshot.plan import Planner
 from resumable_trainer.snapshot.retention import Kept, to_delete
 from resumable_trainer.snapshot.store import Store
-from resumable_trainer.snapshot.tree import BAD_VALUES, Flat, Plain
+from resumable_trainer.snapshot.tree import BAD_VALUES, Flat, Plain, references
 from resumable_trainer.snapshot.unchanged import WORTH_BYTES
 from resumable_trainer.snapshot.writer import StateFiles, Worked
-from resumable_trainer.state import filling, generators, modes, staging
+from resumable_trainer.state import filling, generators, modes
+from resumable_trainer.state.overlap import Fence, changed_by_steps_alone
 from resumable_trainer.state.parts import (
     RESERVED_NAMES,
     capture_part,
@@ -59,6 +62,7 @@ from resumable_trainer.state.parts import (
     restore_part,
     unfaithful,
 )
+from resumable_trainer.state.staging import Arena
 
 if TYPE_CHECKING:
     import os
@@ -68,6 +72,7 @@ if TYPE_CHECKING:
     from resumable_trainer.metrics.early_stopping import BestValue
     from resumable_trainer.snapshot.manifest import FileEntry
 
+Staging = Literal["copy", "overlapped"]
 Outcome = Literal["finished", "stopped_early"]
 _NOTE_STEP_SECONDS = 1.0  # the step in the lock's record is for people
 
@@ -163,6 +168,9 @@ class StateManager:
         state: Parts by name: modules, optimizers, schedulers, scalers, anything with `state_dict()`
             and `load_state_dict()`, and random generators.
         retain: Which snapshots to delete, given all of them, oldest first. Default: keep the last 3.
+        staging: "copy": a snapshot's state is copied before the call returns. "overlapped": what only the optimizers
+            among the parts change is copied while the next forward and backward run; see `state.overlap` for the
+            conditions under which that is exact.
         lock: A lock of this directory that the caller has taken already.
         command: What to tell others who find the run held.
         files: Primitive file operations.
@@ -177,6 +185,7 @@ class StateManager:
         *,
         state: Mapping[str, object],
         retain: Callable[[Sequence[Kept]], list[str]] | None = None,
+        staging: Staging = "copy",
         lock: RunLock | None = None,
         command: str = "",
         files: Files | None = None,
@@ -196,7 +205,9 @@ class StateManager:
         self._events: Journal | None = None
         self._in_flight: PendingSnapshot | None = None
         self._planner = Planner()
-        self._arena = staging.Arena()
+        self._arena = Arena()
+        self._staging = staging
+        self._fence: Fence | None = None
         self._worked = Worked()
         self._step_noted_at = -math.inf
         self._watch: modes.StepWatch | None = None
@@ -229,6 +240,8 @@ class StateManager:
         if not self._lock.is_held:
             self._lock.acquire(known_generation=self._newest_generation(), command=self._command)
         self._events = Journal.open(self.directory / EVENTS, files=self.files)
+        if self._staging == "overlapped":
+            self._fence = Fence(self.state, self.settle)
         # Crash here: nothing but unfinished directories is gone; the sweep begins anew at the next start.
         self.swept = self.store.sweep()
 
@@ -240,7 +253,11 @@ class StateManager:
         """
         try:
             self.wait()
+            self.settle()
         finally:
+            if self._fence is not None:
+                self._fence.close()
+                self._fence = None
             try:
                 self._dictation.close()
                 if self._events is not None:
@@ -332,13 +349,28 @@ class StateManager:
         """A copy of a captured state that later training cannot change; blocks for one memory copy.
 
         It lies in memory that is used again: good until the next call, which first waits for the snapshot in flight.
+        With overlapped staging it is there when the next step of an optimizer begins, and no sooner.
 
         Raises:
             SnapshotWriteError: The snapshot in flight could not be made durable.
         """
         self.wait()
-        tensors = self._arena.stage(captured.tensors, structure=captured.structure)
+        later = self._changed_by_steps_alone(captured) if self._fence is not None else set()
+        tensors = self._arena.stage(captured.tensors, structure=captured.structure, later=later)
         return Flat(captured.values, tensors, captured.structure)
+
+    def settle(self) -> None:
+        """Block until the state that was staged last is copied; with the default staging it always is.
+
+        Raises:
+            UsageError: It was changed meanwhile by something else than an optimizer's step.
+        """
+        self._arena.settle()
+
+    def _changed_by_steps_alone(self, captured: Flat) -> set[tuple[str, str]]:
+        kinds = (nn.Module, Optimizer)
+        others = [values for name, values in captured.values.items() if not isinstance(self.state.get(name), kinds)]
+        return changed_by_steps_alone(self.state, captured.tensors, {*references(others)})
 
     def write(
         self,
@@ -364,9 +396,13 @@ class StateManager:
         self.wait()
         content = StateFiles(staged, self._worked)
         write = partial(self._write_and_commit, content, facts, rows)
-        pending = self._dictated(content, facts, rows, write) if background else None
-        self._in_flight = pending or PendingSnapshot(facts.name, write, background=background)
-        return self._in_flight
+        # What is staged while training goes on is not there yet to be dictated.
+        pending = self._dictated(content, facts, rows, write) if background and self._fence is None else None
+        if pending is None:
+            whole = partial(_one_after_the_other, self._arena.ready(), yield_to_training if background else int, write)
+            pending = PendingSnapshot(facts.name, whole, background=background)
+        self._in_flight = pending
+        return pending
 
     def _dictated(
         self, content: StateFiles, facts: Facts, rows: Rows | None, write: Callable[[], None]
@@ -532,6 +568,7 @@ class StateManager:
                 while they are read: `apply_or_fall_back` is called next.
         """
         self.wait()
+        self.settle()
         _ = self.lock
         with usable(self.directory):
             return self._find(which, reading_next=reading_next)
@@ -612,6 +649,7 @@ class StateManager:
             The report with the other sections that were saved, and notes for a person.
         """
         assert found.manifest is not None
+        self.settle()
         name = found.manifest.name
         with (
             filling.without_collections(),
@@ -752,6 +790,11 @@ def _tree_of(part: object) -> object:
 def _num_bytes(tree: Mapping[str, Any], keys: Sequence[str]) -> int:
     tensors = [tree[key] for key in keys if isinstance(tree.get(key), torch.Tensor)]
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+
+def _one_after_the_other(*steps: Callable[[], object]) -> None:
+    for step in steps:
+        step()
 
 
 def _order(name: str) -> tuple[int, bool, int]:

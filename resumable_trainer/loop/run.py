@@ -143,6 +143,7 @@ class Run:
         install_excepthook(launch.process.note_failure)
         self._manager = StateManager(
             self.directory,
+            staging=self._policy.staging,
             state=self._state,
             retain=self._retention().to_delete,
             lock=launch.process.handover.locks.pop(self.directory.resolve(), None),
@@ -481,6 +482,7 @@ class Run:
         """The loop is over, at its data's end or by `break`."""
         loop.over = True
         self._loop = None
+        self._manager.settle()  # evaluation may put other weights in, if only for a while
         self._screen.end_batches()
         if self._evaluates:
             self._held = HeldState(self._capture(epoch_complete=False))

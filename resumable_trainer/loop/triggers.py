@@ -6,6 +6,7 @@ The clock is handed in, so that tests need not sleep.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 from resumable_trainer.errors import SettingsError
 
@@ -25,6 +26,10 @@ class SnapshotPolicy:
         keep_every: Each N-th epoch's snapshot stays for ever; None for none.
         background: Write in a background thread (one snapshot in flight, a second waits) or wait
             until each is durable.
+        staging: "copy": training waits for one copy of the state in memory. "overlapped": it waits for less; what
+            only the optimizers among the parts change is copied during the next forward and backward. Exact only if
+            parameters and optimizer state change in `step()` alone (`state/overlap.py` has the conditions, and what of
+            a violation is found).
 
     Raises:
         SettingsError: Any of them illegal; all problems in one message.
@@ -37,6 +42,7 @@ class SnapshotPolicy:
     keep_best: int = 1
     keep_every: int | None = None
     background: bool = True
+    staging: Literal["copy", "overlapped"] = "copy"
 
     def __post_init__(self) -> None:
         problems = []
@@ -52,6 +58,8 @@ class SnapshotPolicy:
             problems.append(f"keep_last is {self.keep_last!r}, it must be an int of at least 2")
         if not _is_int(self.keep_best, at_least=0):
             problems.append(f"keep_best is {self.keep_best!r}, it must be an int of at least 0")
+        if self.staging not in ("copy", "overlapped"):
+            problems.append(f"staging is {self.staging!r}, it must be 'copy' or 'overlapped'")
         if problems:
             raise SettingsError(f"SnapshotPolicy: {'; '.join(problems)}", found=problems)
 

@@ -33,7 +33,7 @@ from resumable_trainer.snapshot.raw import MAX_NAME_BYTES
 from resumable_trainer.snapshot.tensors import is_storable
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Collection, Mapping, Sequence
+    from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 
 MAX_DEPTH = 40
 _INLINE_ARRAY_BYTES = 1024
@@ -85,6 +85,19 @@ def flatten(sections: Mapping[str, object], apart: Mapping[str, Collection[str]]
     writer = TreeWriter(apart or {})
     values = {name: writer.section(name, tree) for name, tree in sections.items()}
     return Flat(values, writer.found())
+
+
+def references(encoded: Any) -> Iterator[tuple[str, str]]:
+    """(file, name) of every tensor that typed JSON speaks of."""
+    if isinstance(encoded, list):
+        for inner in encoded:
+            yield from references(inner)
+    elif isinstance(encoded, dict):
+        if "$tensor" in encoded:
+            yield encoded["$tensor"][0], encoded["$tensor"][1]
+        else:
+            for inner in encoded.values():
+                yield from references(inner)
 
 
 def unflatten(values: Mapping[str, Any], tensor: Callable[[str, str], torch.Tensor]) -> dict[str, Any]:

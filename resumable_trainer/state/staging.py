@@ -18,8 +18,10 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from resumable_trainer.state.overlap import Copying
+
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Callable, Collection, Mapping, Sequence
 
 Named = dict[str, dict[str, torch.Tensor]]
 _ALIGNMENT = 64  # of the first tensor of a section; the others follow without gaps that their dtype does not ask for
@@ -45,8 +47,16 @@ class Arena:
         self._targets: list[torch.Tensor] = []
         self._description: object = None
         self._structure: object = None
+        self._copying: Copying | None = None  # the newest, under way or not
+        self._is_awaited = True
 
-    def stage(self, tensors: Mapping[str, Mapping[str, torch.Tensor]], *, structure: object = None) -> Named:
+    def stage(
+        self,
+        tensors: Mapping[str, Mapping[str, torch.Tensor]],
+        *,
+        structure: object = None,
+        later: Collection[tuple[str, str]] = (),
+    ) -> Named:
         """Contiguous CPU copies of all tensors, by section and name.
 
         The very same dicts are given again as long as names, shapes and dtypes stay the same.
@@ -55,13 +65,40 @@ class Arena:
             tensors: By section and name.
             structure: Stands for names, shapes and dtypes: where it is the very object of the last call they are
                 not compared.
+            later: Sections and names of tensors that may be copied after the return: they are there after `settle`.
         """
+        self.settle()
+        self._copying = None
         sources = [tensor for named in tensors.values() for tensor in named.values()]
         if structure is None or structure is not self._structure:
             self._lay_out(tensors, sources)
             self._structure = structure
-        copy_into(self._targets, sources)
+        if not later:
+            copy_into(self._targets, sources)
+            return self._staged
+        waits = [(section, name) in later for section, named in tensors.items() for name in named]
+        pairs = list(zip(waits, self._targets, sources, strict=True))
+        # At once before the thread begins: it would only make this slower.
+        copy_into([target for wait, target, _ in pairs if not wait], [source for wait, _, source in pairs if not wait])
+        self._copying = Copying(
+            copy_into, [target for wait, target, _ in pairs if wait], [source for wait, _, source in pairs if wait]
+        )
+        self._is_awaited = False
         return self._staged
+
+    def settle(self) -> None:
+        """Block until all that was staged is there, for the thread that trains.
+
+        Raises:
+            UsageError: What was to be copied has been changed meanwhile. Said once.
+        """
+        if not self._is_awaited:
+            self._is_awaited = True
+            self.ready()()
+
+    def ready(self) -> Callable[[], object]:
+        """Blocks until what was staged last is there, for the thread that writes it; raises if it is no good."""
+        return self._copying.wait if self._copying is not None else int
 
     def _lay_out(self, tensors: Mapping[str, Mapping[str, torch.Tensor]], sources: Sequence[torch.Tensor]) -> None:
         names = [(section, list(named)) for section, named in tensors.items()]

@@ -35,6 +35,7 @@ TORCH_FREE = [
     "durable.filesystem",
     "durable.journal",
     "durable.lock",
+    "durable.priority",
     "snapshot.committer",
     "snapshot.layout",
     "snapshot.manifest",
