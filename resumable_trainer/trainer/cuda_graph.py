@@ -1,0 +1,92 @@
+"""A traced step as one CUDA graph: a launch per step instead of hundreds.
+
+Policy: the graph's operations are torch's own kernels, captured as they are; nothing is generated, so nothing is
+kept on disk. Addresses are part of a capture: parameters and optimizer state that were replaced (by a
+restore) mean capturing anew. Warming up and capturing leave no trace: what the warm-up changed, the device's
+generator included, is put back. Draws happen within the graph, from the device's global generator,
+which torch moves on at each replay as far as the eager operations would.
+
+Optimizers that keep their `step` on the host go on doing so: the graph counts in a copy on the device.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from torch import Tensor
+    from torch.fx import GraphModule
+
+_WARM_UPS = 3  # as torch's notes on CUDA graphs advise: libraries choose and allocate in the first calls
+
+
+class CudaGraphStep:
+    """A step captured for fixed addresses; called with all inputs of the graph, in its order.
+
+    Args:
+        graph: The traced step.
+        inputs: Its inputs; the batch among them is only an example.
+        batch: Where in `inputs` the batch is.
+        counters: Where in it the optimizer's `step` tensors are, each to be moved on by one per step.
+    """
+
+    def __init__(
+        self, graph: GraphModule, inputs: Sequence[Tensor], *, batch: slice, counters: Sequence[int]
+    ) -> None:
+        self._batch = batch
+        self._device = inputs[batch][0].device
+        self._addresses = _addresses(inputs, batch)
+        self._static = list(inputs)
+        self._static[batch] = [tensor.clone() for tensor in inputs[batch]]
+        self._hosts = [inputs[index] for index in counters if inputs[index].device.type == "cpu"]
+        self._copies = [host.to(self._device) for host in self._hosts]
+        for index, copy in zip([i for i in counters if inputs[i].device.type == "cpu"], self._copies, strict=True):
+            self._static[index] = copy
+        if any(tensor.device != self._device for tensor in self._static):
+            raise ValueError("a tensor of the step is not on the model's device")
+        self._captured = torch.cuda.CUDAGraph()
+        self._outputs = self._capture(graph)
+
+    def fits(self, inputs: Sequence[Tensor]) -> bool:
+        """Whether these are the tensors that were captured, the batch aside."""
+        return self._addresses == _addresses(inputs, self._batch)
+
+    def synchronize_counters(self) -> None:
+        """Take the host's counters over: another step than this may have moved them."""
+        for host, copy in zip(self._hosts, self._copies, strict=True):
+            copy.copy_(host)
+
+    def __call__(self, inputs: Sequence[Tensor]) -> list[Tensor]:
+        """One step; the outputs are overwritten by the next."""
+        for static, given in zip(self._static[self._batch], inputs[self._batch], strict=True):
+            static.copy_(given, non_blocking=True)
+        self._captured.replay()
+        if self._hosts:
+            torch._foreach_add_(self._hosts, 1)
+        return self._outputs
+
+    def _capture(self, graph: GraphModule) -> list[Tensor]:
+        kept = [tensor.clone() for tensor in self._static]
+        generator = torch.cuda.get_rng_state(self._device)
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream), torch.no_grad():
+            for _ in range(_WARM_UPS):
+                graph(*self._static)
+        torch.cuda.current_stream().wait_stream(stream)
+        with torch.cuda.graph(self._captured), torch.no_grad():
+            outputs: list[Tensor] = graph(*self._static)
+        with torch.no_grad():
+            for tensor, before in zip(self._static, kept, strict=True):
+                tensor.copy_(before)
+        torch.cuda.set_rng_state(generator, self._device)
+        return outputs
+
+
+def _addresses(inputs: Sequence[Tensor], batch: slice) -> list[int]:
+    fixed = [*inputs[: batch.start], *inputs[batch.stop :]]
+    return [tensor.data_ptr() for tensor in fixed]
