@@ -123,7 +123,9 @@ class Artefacts:
         seal, code = data[:_SEAL_BYTES], data[_SEAL_BYTES:]
         return _runner(code) if hmac.compare_digest(seal, _seal(secret, key, code)) else None
 
-    def make(self, key: str, graph: GraphModule, inputs: Sequence[Tensor]) -> Callable[[list[Tensor]], list[Tensor]]:
+    def make(
+        self, key: str, graph: GraphModule, inputs: Sequence[Tensor], compiler: str
+    ) -> Callable[[list[Tensor]], list[Tensor]]:
         """Compile, keep, load.
 
         Raises:
@@ -131,7 +133,7 @@ class Artefacts:
         """
         before = generators.capture_global()
         try:
-            code = _compiled(graph, inputs)
+            code = _compiled(graph, inputs, compiler)
             runner = _runner(code)
         finally:
             generators.restore_global(before)
@@ -203,13 +205,14 @@ def _runner(code: bytes) -> Callable[[list[Tensor]], list[Tensor]]:
     return run
 
 
-def _compiled(graph: GraphModule, inputs: Sequence[Tensor]) -> bytes:
+def _compiled(graph: GraphModule, inputs: Sequence[Tensor], compiler: str) -> bytes:
     """Machine code of a graph; deterministic, nothing is tried out and chosen by time."""
     with tempfile.TemporaryDirectory(prefix="resumable-trainer-") as directory, warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch's own, about its own insides
         path = Path(directory) / "step.so"
         options: dict[str, Any] = {
             "aot_inductor.output_path": str(path),
+            "cpp.cxx": (compiler,),
             "compile_threads": 1,
             "max_autotune": False,
             "freezing": False,

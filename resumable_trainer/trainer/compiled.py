@@ -209,7 +209,7 @@ class CompiledSteps:
         if call is None:
             started = time.monotonic()
             self._say(f"compiling the step for batches of {self._wanted} ...")
-            call = self._artefacts.make(key, traced.graph, example)
+            call = self._artefacts.make(key, traced.graph, example, compiler)
             self._say(f"steps are compiled ({time.monotonic() - started:.1f} s, kept in {COMPILED}/)")
         else:
             self._say(f"steps are compiled for batches of {self._wanted} (found in {COMPILED}/)")

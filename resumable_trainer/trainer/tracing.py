@@ -35,6 +35,7 @@ _ONLY_SHAPE_COUNTS = frozenset(
     | {"exponential", "log_normal", "geometric", "cauchy"}
 )
 """Operations that draw and whose tensor argument says only how much is drawn."""
+_BY_VALUES = "it decides by the values of tensors"
 
 
 class CannotTraceError(Exception):
@@ -171,6 +172,8 @@ def trace(recipe: Recipe, inputs: Inputs, batch: Sequence[Tensor], spec: pytree.
         except CannotTraceError:
             raise
         except Exception as error:
+            if "DataDependent" in type(error).__name__:
+                raise CannotTraceError(_BY_VALUES) from error
             raise CannotTraceError(f"it cannot be traced ({_first_line(error)})") from error
 
 
@@ -196,6 +199,9 @@ class _Tracer:
                     raise
                 del self._metrics[self._failed]  # it is computed from the outputs, as in an eager step
         graph, constants = _functional(eager, flat)
+        tags = {tag for node in graph.graph.nodes for tag in getattr(node.target, "tags", ())}
+        if tags & {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape}:
+            raise CannotTraceError(_BY_VALUES)
         draws = _take_draws_out(graph) if self._inputs.device.type == "cpu" else []
         graph.graph.eliminate_dead_code()
         graph.recompile()
