@@ -193,7 +193,9 @@ class Run:
         assert found.manifest is not None
         manifest = found.manifest
         self._saved_facts = {**identity.EAGER, **manifest.depends_on}
-        drift = identity.drift(self._saved_facts, self._facts if self.says_how_it_steps else identity.EAGER | self._facts)
+        drift = identity.drift(
+            self._saved_facts, self._facts if self.says_how_it_steps else identity.EAGER | self._facts
+        )
         drift += identity.settings_drift(manifest.settings, self._settings)
         self._refuse_drift(drift)
         applied = self._manager.apply(found)

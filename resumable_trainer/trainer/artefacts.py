@@ -21,6 +21,7 @@ only because `compile=True` was asked for; nothing of it is read from a run dire
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
 import hmac
@@ -121,7 +122,12 @@ class Artefacts:
         except OSError:
             return None
         seal, code = data[:_SEAL_BYTES], data[_SEAL_BYTES:]
-        return _runner(code) if hmac.compare_digest(seal, _seal(secret, key, code)) else None
+        if not hmac.compare_digest(seal, _seal(secret, key, code)):
+            return None
+        try:
+            return _runner(code)
+        except (CannotCompileError, OSError):
+            return None
 
     def make(
         self, key: str, graph: GraphModule, inputs: Sequence[Tensor], compiler: str
@@ -135,6 +141,8 @@ class Artefacts:
         try:
             code = _compiled(graph, inputs, compiler)
             runner = _runner(code)
+        except OSError as error:
+            raise CannotCompileError(f"its files cannot be written ({_first_line(error)})") from error
         finally:
             generators.restore_global(before)
         self._keep(key, code)
@@ -182,14 +190,12 @@ def _read_secret(path: Path) -> bytes | None:
 
 def _new_secret(path: Path) -> bytes | None:
     """Made complete under another name, then given its own: of two processes, both read the first one's."""
-    path.unlink(missing_ok=True) if path.exists() else None
+    path.unlink(missing_ok=True)  # one that was cut short is of no use
     with tempfile.NamedTemporaryFile(dir=path.parent) as file:  # mode 0600
         file.write(secrets.token_bytes(_SECRET_BYTES))
         file.flush()
-        try:
+        with contextlib.suppress(FileExistsError):
             path.hardlink_to(file.name)
-        except FileExistsError:
-            pass
     return _read_secret(path)
 
 
@@ -199,7 +205,7 @@ def _runner(code: bytes) -> Callable[[list[Tensor]], list[Tensor]]:
         path.write_bytes(code)
         try:
             loaded = torch._C._aoti.AOTIModelContainerRunnerCpu(str(path), 1)
-        except RuntimeError as error:
+        except (RuntimeError, AttributeError) as error:  # AttributeError: a torch that names it otherwise
             raise CannotCompileError(f"the compiled code cannot be loaded ({_first_line(error)})") from error
     run: Callable[[list[Tensor]], list[Tensor]] = loaded.run
     return run

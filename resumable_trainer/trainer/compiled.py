@@ -33,7 +33,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
-from torch.nn.parameter import UninitializedTensorMixin
+from torch.nn.parameter import is_lazy
 from torch.utils import _pytree as pytree
 
 from resumable_trainer.snapshot.layout import COMPILED
@@ -141,7 +141,7 @@ class CompiledSteps:
             raise _NotCompiledError("batches hold things that are no tensors")
         if not self._has_wanted_shape(leaves):
             return None
-        if any(isinstance(p, UninitializedTensorMixin) for p in self._recipe.pair.parameters()):
+        if any(is_lazy(p) for p in self._recipe.pair.parameters()):
             return None
         live, has_state = self._inputs()
         if conditions.overlapping(live.flat()):

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
-from torch.nn.parameter import UninitializedTensorMixin
+from torch.nn.parameter import is_lazy
 
 from resumable_trainer.state.modes import StepWatch
 from resumable_trainer.trainer import artefacts, updates
@@ -86,7 +86,7 @@ def _of_hooks(pair: nn.Module) -> Iterator[str]:
 def _of_tensors(pair: nn.Module) -> Iterator[str]:
     tensors: dict[str, Tensor] = {**dict(pair.named_parameters()), **dict(pair.named_buffers())}
     for name, tensor in tensors.items():
-        if isinstance(tensor, UninitializedTensorMixin):
+        if is_lazy(tensor):
             continue  # the first step, an eager one, gives it a shape
         if type(tensor) not in (torch.Tensor, nn.Parameter, nn.Buffer):
             yield f"{name} is a {type(tensor).__name__}"

@@ -34,9 +34,7 @@ class CudaGraphStep:
         counters: Where in it the optimizer's `step` tensors are, each to be moved on by one per step.
     """
 
-    def __init__(
-        self, graph: GraphModule, inputs: Sequence[Tensor], *, batch: slice, counters: Sequence[int]
-    ) -> None:
+    def __init__(self, graph: GraphModule, inputs: Sequence[Tensor], *, batch: slice, counters: Sequence[int]) -> None:
         self._batch = batch
         self._device = inputs[batch][0].device
         self._addresses = _addresses(inputs, batch)
@@ -72,7 +70,7 @@ class CudaGraphStep:
     def _capture(self, graph: GraphModule) -> list[Tensor]:
         kept = [tensor.clone() for tensor in self._static]
         generator = torch.cuda.get_rng_state(self._device)
-        stream = torch.cuda.Stream()
+        stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream), torch.no_grad():
             for _ in range(_WARM_UPS):

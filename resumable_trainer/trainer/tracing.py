@@ -35,11 +35,21 @@ _ONLY_SHAPE_COUNTS = frozenset(
     | {"exponential", "log_normal", "geometric", "cauchy"}
 )
 """Operations that draw and whose tensor argument says only how much is drawn."""
+_OF_RECURRENT_LAYERS = frozenset({"_flat_weights", "_flat_weight_refs"})
+"""Lists of their parameters, which those layers follow up themselves whenever one is exchanged, as tracing does."""
 _BY_VALUES = "it decides by the values of tensors"
 
 
 class CannotTraceError(Exception):
     """Why a step is no graph of tensor operations; ends up as a line on the screen."""
+
+
+class _MetricError(Exception):
+    """A metric is no operation on tensors."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__(name)
+        self.name = name
 
 
 class Pair(nn.Module):
@@ -110,6 +120,7 @@ class Draw:
     example: Tensor
 
     def __call__(self) -> Tensor:
+        """Draw."""
         result: Tensor = self.operation(*self.arguments, **self.keywords)
         return result
 
@@ -181,7 +192,6 @@ class _Tracer:
     def __init__(self, recipe: Recipe, inputs: Inputs, spec: pytree.TreeSpec) -> None:
         self._recipe, self._inputs, self._spec = recipe, inputs, spec
         self._metrics = dict(recipe.metrics)
-        self._failed: str | None = None
         self._outputs: pytree.TreeSpec | None = None
         self._with_gradient: frozenset[str] = frozenset()
 
@@ -190,14 +200,11 @@ class _Tracer:
 
         flat = [*self._inputs.flat(), *batch]
         while True:
-            self._failed = None
             try:
                 eager = make_fx(self._step, tracing_mode="fake", _allow_non_fake_inputs=True)(*flat)
                 break
-            except Exception:
-                if self._failed is None:
-                    raise
-                del self._metrics[self._failed]  # it is computed from the outputs, as in an eager step
+            except _MetricError as error:
+                del self._metrics[error.name]  # it is computed from the outputs, as in an eager step
         graph, constants = _functional(eager, flat)
         tags = {tag for node in graph.graph.nodes for tag in getattr(node.target, "tags", ())}
         if tags & {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape}:
@@ -250,11 +257,12 @@ class _Tracer:
             )
 
     def _metric(self, name: str, outputs: Any, targets: Any) -> Tensor:
-        self._failed = name
-        value = self._metrics[name](outputs, targets)
+        try:
+            value = self._metrics[name](outputs, targets)
+        except Exception as error:
+            raise _MetricError(name) from error
         if not isinstance(value, torch.Tensor) or value.numel() != 1:
-            raise CannotTraceError(f"metric {name} gives no tensor of one element")
-        self._failed = None
+            raise _MetricError(name)
         return value.detach()
 
 
@@ -326,8 +334,9 @@ def _draw(node: Node) -> Draw:
         raise CannotTraceError(f"it draws random numbers with {name}")
     if "generator" in node.kwargs and node.kwargs["generator"] is not None:
         raise CannotTraceError("it draws from a generator of its own")
-    arguments: Any = torch.fx.node.map_arg((node.args, node.kwargs), lambda inner: _template(inner.meta["val"]))
-    return Draw(target, *arguments, example=_template(node.meta["val"]))
+    both: Any = torch.fx.node.map_arg((node.args, node.kwargs), lambda inner: _template(inner.meta["val"]))
+    arguments, keywords = both
+    return Draw(target, arguments, keywords, example=_template(node.meta["val"]))
 
 
 def _template(value: Tensor) -> Tensor:
@@ -366,8 +375,9 @@ class _Attributes:
     def put_back(self) -> list[str]:
         """Names of what was another object, or held another."""
         live, copy = self._live, self._copy
-        changed = [name for name in copy.keys() | live.keys() if live.get(name, self) is not copy.get(name, self)]
-        if changed:
+        others = [name for name in copy.keys() | live.keys() if live.get(name, self) is not copy.get(name, self)]
+        changed = [name for name in others if not _same_objects(live.get(name), copy.get(name))]
+        if others:
             live.clear()
             live.update(copy)
         for name, container, before in self._containers:
@@ -375,11 +385,13 @@ class _Attributes:
                 changed.append(name)
                 container.clear()
                 (container.extend if type(container) is list else container.update)(before)
-        return changed
+        return [name for name in changed if name not in _OF_RECURRENT_LAYERS]
 
 
 def _same_objects(a: Any, b: Any) -> bool:
-    """Whether two containers of a kind hold the same objects."""
+    """Whether two things are containers of a kind that hold the same objects."""
+    if type(a) is not type(b) or type(a) not in (dict, list, set):
+        return False
     if type(a) is dict and not _same_objects(list(a.values()), list(b.values())):
         return False
     return len(a) == len(b) and all(x is y for x, y in zip(a, b, strict=True))

@@ -88,7 +88,7 @@ class Trainer:
         early_stopping: EarlyStopping | None = None,
         progress: bool | None = None,
         strict: bool = False,
-        compile: bool = False,  # noqa: A002 - torch's word
+        compile: bool = False,
     ) -> None:
         self._model, self._loss_fn, self._optimizer = model, loss_fn, optimizer
         self._train_data, self._test_data = train_data, test_data

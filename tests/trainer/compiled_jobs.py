@@ -1,4 +1,4 @@
-"""Small trainings with compiled steps, with what could break an exact resume; as a program, one launch of one of them."""
+"""Small trainings with compiled steps, with what could break an exact resume; as a program, a launch of one."""
 
 from __future__ import annotations
 
@@ -37,7 +37,10 @@ def adam() -> dict[str, Any]:
 def sgd() -> dict[str, Any]:
     """Two groups, clipping, a metric that is computed from the outputs."""
     model = jobs.network()
-    groups = [{"params": model[0].parameters()}, {"params": [*model[1].parameters(), *model[4].parameters()], "lr": 0.3}]
+    groups = [
+        {"params": model[0].parameters()},
+        {"params": [*model[1].parameters(), *model[4].parameters()], "lr": 0.3},
+    ]
     optimizer = torch.optim.SGD(groups, lr=0.1, momentum=0.9, nesterov=True, weight_decay=0.01)
     scheduler = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, patience=0)
     metrics = {"by_hand": by_hand, "accuracy": jobs.accuracy}

@@ -7,7 +7,6 @@ import shutil
 import signal
 import subprocess
 import sys
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import compiled_jobs
@@ -26,9 +25,9 @@ from resumable_trainer.trainer import artefacts
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
+    from pathlib import Path
 
 needs_compiler = pytest.mark.skipif(artefacts.cxx() is None, reason="there is no C++ compiler")
-Directories = "Callable[[str], Path]"
 
 
 @pytest.fixture(scope="session")
@@ -389,7 +388,7 @@ def test_going_from_compiled_to_eager_steps_or_back_is_said_and_refused_when_str
 ) -> None:
     run = at("run")
     train(run, "adam", compile=before, epochs=1)
-    with pytest.raises(DriftError, match="steps was '.*', now '.*'; numbers may differ in the last bits"):
+    with pytest.raises(DriftError, match=r"steps was '.*', now '.*'; numbers may differ in the last bits"):
         train(run, "adam", compile=after, epochs=2, strict=True)
     capsys.readouterr()
     train(run, "adam", compile=after, epochs=2, progress=None)
