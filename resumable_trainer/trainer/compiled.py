@@ -41,7 +41,8 @@ from resumable_trainer.trainer import artefacts, conditions, updates
 from resumable_trainer.trainer.artefacts import Artefacts, CannotCompileError
 from resumable_trainer.trainer.bound import BoundStep
 from resumable_trainer.trainer.cuda_graph import CudaGraphStep
-from resumable_trainer.trainer.tracing import CannotTraceError, Inputs, Pair, Recipe, StateTensor, Traced, trace
+from resumable_trainer.trainer.graphs import CannotTraceError
+from resumable_trainer.trainer.tracing import Inputs, Pair, Recipe, StateTensor, Traced, trace
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Hashable, Mapping, Sequence

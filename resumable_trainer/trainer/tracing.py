@@ -3,16 +3,10 @@
 Policy: the model's Python runs once, on fake tensors; nothing is computed, and whatever it changed
 beside tensors is put back. What a graph cannot say is refused (`CannotTraceError`), never guessed: Python
 or NumPy randomness, attributes that the forward pass changes, decisions by tensors' values.
-
-Randomness stays torch's own and outside of the compiled code: each operation that draws (dropout's
-`bernoulli`, `randn_like`, ...) becomes an input, and is run before each step, in the order of the
-graph. So the global generator moves exactly as it does in eager steps, and a snapshot that
-holds the generator holds all that the next step needs.
 """
 
 from __future__ import annotations
 
-import contextlib
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Self
 
@@ -20,28 +14,22 @@ import torch
 from torch import nn
 from torch.utils import _pytree as pytree
 
-from resumable_trainer.state import generators
-from resumable_trainer.state.compare import differences
 from resumable_trainer.trainer import updates
+from resumable_trainer.trainer.graphs import (
+    BY_VALUES,
+    CannotTraceError,
+    Draw,
+    functional,
+    refuse_decisions,
+    take_draws_out,
+)
+from resumable_trainer.trainer.untouched import untouched
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping, Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
     from torch import Tensor
-    from torch.fx import GraphModule, Node
-
-_ONLY_SHAPE_COUNTS = frozenset(
-    {"bernoulli.p", "rand_like", "randn_like", "randint_like", "uniform", "normal_functional"}
-    | {"exponential", "log_normal", "geometric", "cauchy"}
-)
-"""Operations that draw and whose tensor argument says only how much is drawn."""
-_OF_RECURRENT_LAYERS = frozenset({"_flat_weights", "_flat_weight_refs"})
-"""Lists of their parameters, which those layers follow up themselves whenever one is exchanged, as tracing does."""
-_BY_VALUES = "it decides by the values of tensors"
-
-
-class CannotTraceError(Exception):
-    """Why a step is no graph of tensor operations; ends up as a line on the screen."""
+    from torch.fx import GraphModule
 
 
 class _MetricError(Exception):
@@ -111,21 +99,6 @@ class Inputs:
 
 
 @dataclass(frozen=True)
-class Draw:
-    """An operation that draws from the global generator before each step; `example` is of the result's form."""
-
-    operation: Any
-    arguments: tuple[Any, ...]
-    keywords: Mapping[str, Any]
-    example: Tensor
-
-    def __call__(self) -> Tensor:
-        """Draw."""
-        result: Tensor = self.operation(*self.arguments, **self.keywords)
-        return result
-
-
-@dataclass(frozen=True)
 class Traced:
     """A step as a graph: (inputs, batch, constants, drawn) to (loss, metrics, outputs).
 
@@ -177,14 +150,14 @@ def trace(recipe: Recipe, inputs: Inputs, batch: Sequence[Tensor], spec: pytree.
     Raises:
         CannotTraceError: The step is no graph of tensor operations.
     """
-    with _untouched(recipe.pair):
+    with untouched(recipe.pair):
         try:
             return _Tracer(recipe, inputs, spec).trace(batch)
         except CannotTraceError:
             raise
         except Exception as error:
             if "DataDependent" in type(error).__name__:
-                raise CannotTraceError(_BY_VALUES) from error
+                raise CannotTraceError(BY_VALUES) from error
             raise CannotTraceError(f"it cannot be traced ({_first_line(error)})") from error
 
 
@@ -205,11 +178,9 @@ class _Tracer:
                 break
             except _MetricError as error:
                 del self._metrics[error.name]  # it is computed from the outputs, as in an eager step
-        graph, constants = _functional(eager, flat)
-        tags = {tag for node in graph.graph.nodes for tag in getattr(node.target, "tags", ())}
-        if tags & {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape}:
-            raise CannotTraceError(_BY_VALUES)
-        draws = _take_draws_out(graph) if self._inputs.device.type == "cpu" else []
+        graph, constants = functional(eager, flat)
+        refuse_decisions(graph)
+        draws = take_draws_out(graph) if self._inputs.device.type == "cpu" else []
         graph.graph.eliminate_dead_code()
         graph.recompile()
         return Traced(graph, constants, draws, list(self._metrics), self._outputs, self._with_gradient)
@@ -273,128 +244,6 @@ def _write_back(tensors: Mapping[str, Tensor], given: Mapping[str, Tensor], afte
             if tensor.shape != tensors[name].shape or tensor.dtype != tensors[name].dtype:
                 raise CannotTraceError(f"the forward pass changes the shape or dtype of {name}")
             tensors[name].copy_(tensor)
-
-
-def _functional(eager: GraphModule, flat: Sequence[Tensor]) -> tuple[GraphModule, list[Tensor]]:
-    """The graph without changes in place but of its inputs, at its end; constants become inputs."""
-    from torch.fx.experimental.proxy_tensor import make_fx
-
-    aten = torch.ops.aten
-    for node in list(eager.graph.nodes):
-        if node.op == "call_function" and node.target in (aten.detach.default, aten.alias.default):
-            node.replace_all_uses_with(node.args[0])  # gradients are in the graph already
-            eager.graph.erase_node(node)
-    constants = _lift_constants(eager)
-    eager.recompile()
-    function = torch.func.functionalize(eager, remove="mutations")
-    graph = make_fx(function, tracing_mode="fake", _allow_non_fake_inputs=True)(*flat, *constants)
-    if any(node.op == "get_attr" for node in graph.graph.nodes):
-        raise CannotTraceError("it cannot be traced (a tensor is made from Python values in it)")
-    return graph, constants
-
-
-def _lift_constants(graph: GraphModule) -> list[Tensor]:
-    """Make a placeholder, behind the others, of each tensor that the graph refers to by name."""
-    constants: list[Tensor] = []
-    placeholders: dict[str, Node] = {}
-    last = [node for node in graph.graph.nodes if node.op == "placeholder"][-1]
-    for node in [node for node in graph.graph.nodes if node.op == "get_attr"]:
-        if node.target not in placeholders:
-            value = getattr(graph, node.target)
-            if not isinstance(value, torch.Tensor) or value.requires_grad:
-                raise CannotTraceError("it refers to something trained that is no parameter of the model or the loss")
-            with graph.graph.inserting_after(last):
-                last = placeholders[node.target] = graph.graph.placeholder(f"constant_{len(constants)}")
-            constants.append(value)
-        node.replace_all_uses_with(placeholders[node.target])
-        graph.graph.erase_node(node)
-    return constants
-
-
-def _take_draws_out(graph: GraphModule) -> list[Draw]:
-    """Make a placeholder, behind the others, of each operation that draws random numbers."""
-    draws = []
-    last = [node for node in graph.graph.nodes if node.op == "placeholder"][-1]
-    for node in list(graph.graph.nodes):
-        if node.op != "call_function" or torch.Tag.nondeterministic_seeded not in getattr(node.target, "tags", ()):
-            continue
-        draws.append(_draw(node))
-        with graph.graph.inserting_after(last):
-            last = graph.graph.placeholder(f"drawn_{len(draws)}")
-        last.meta = dict(node.meta)
-        node.replace_all_uses_with(last)
-        graph.graph.erase_node(node)
-    return draws
-
-
-def _draw(node: Node) -> Draw:
-    target: Any = node.target
-    name = target._opname if target._opname in _ONLY_SHAPE_COUNTS else f"{target._opname}.{target._overloadname}"
-    if node.all_input_nodes and name not in _ONLY_SHAPE_COUNTS:
-        raise CannotTraceError(f"it draws random numbers with {name}")
-    if "generator" in node.kwargs and node.kwargs["generator"] is not None:
-        raise CannotTraceError("it draws from a generator of its own")
-    both: Any = torch.fx.node.map_arg((node.args, node.kwargs), lambda inner: _template(inner.meta["val"]))
-    arguments, keywords = both
-    return Draw(target, arguments, keywords, example=_template(node.meta["val"]))
-
-
-def _template(value: Tensor) -> Tensor:
-    """A real tensor of the form of a fake one."""
-    return torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device=value.device).zero_()
-
-
-@contextlib.contextmanager
-def _untouched(pair: nn.Module) -> Iterator[None]:
-    """Puts back what running a module's Python has changed, and refuses what a graph would leave out."""
-    before = generators.capture_global()
-    kept = [_Attributes(module) for module in pair.modules()]
-    changed: list[str] = []
-    try:
-        yield
-    finally:
-        after = generators.capture_global()
-        generators.restore_global(before)
-        for attributes in kept:
-            changed += attributes.put_back()
-    if changed:
-        raise CannotTraceError(f"its forward pass changes {changed[0]!r}, an attribute that a graph would leave out")
-    for name in ("python", "numpy"):
-        if differences(before[name], after[name], place=name):
-            raise CannotTraceError(f"its forward pass draws from {name}'s generator, which a graph would leave out")
-
-
-class _Attributes:
-    """A module's attributes, and what its own dicts, lists and sets hold; not deeper."""
-
-    def __init__(self, module: nn.Module) -> None:
-        self._live = vars(module)
-        self._copy = dict(self._live)
-        self._containers = [(n, v, type(v)(v)) for n, v in self._live.items() if type(v) in (dict, list, set)]
-
-    def put_back(self) -> list[str]:
-        """Names of what was another object, or held another."""
-        live, copy = self._live, self._copy
-        others = [name for name in copy.keys() | live.keys() if live.get(name, self) is not copy.get(name, self)]
-        changed = [name for name in others if not _same_objects(live.get(name), copy.get(name))]
-        if others:
-            live.clear()
-            live.update(copy)
-        for name, container, before in self._containers:
-            if not _same_objects(container, before):
-                changed.append(name)
-                container.clear()
-                (container.extend if type(container) is list else container.update)(before)
-        return [name for name in changed if name not in _OF_RECURRENT_LAYERS]
-
-
-def _same_objects(a: Any, b: Any) -> bool:
-    """Whether two things are containers of a kind that hold the same objects."""
-    if type(a) is not type(b) or type(a) not in (dict, list, set):
-        return False
-    if type(a) is dict and not _same_objects(list(a.values()), list(b.values())):
-        return False
-    return len(a) == len(b) and all(x is y for x, y in zip(a, b, strict=True))
 
 
 def _first_line(error: BaseException) -> str:
