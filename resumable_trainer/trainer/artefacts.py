@@ -62,7 +62,12 @@ class CannotCompileError(Exception):
 
 def cxx() -> str | None:
     """Path of the C++ compiler that torch would use; None if there is none."""
-    return shutil.which(os.environ.get("CXX", "clang++" if sys.platform == "darwin" else "g++"))
+    return _found(os.environ.get("CXX", "clang++" if sys.platform == "darwin" else "g++"), os.environ.get("PATH"))
+
+
+@functools.cache
+def _found(name: str, path: str | None) -> str | None:
+    return shutil.which(name, path=path)
 
 
 @functools.cache

@@ -40,6 +40,7 @@ from resumable_trainer.snapshot.layout import COMPILED
 from resumable_trainer.trainer import artefacts, conditions, updates
 from resumable_trainer.trainer.artefacts import Artefacts, CannotCompileError
 from resumable_trainer.trainer.bound import BoundStep
+from resumable_trainer.trainer.conditions import Members
 from resumable_trainer.trainer.cuda_graph import CudaGraphStep
 from resumable_trainer.trainer.graphs import CannotTraceError
 from resumable_trainer.trainer.tracing import Inputs, Pair, Recipe, StateTensor, Traced, trace
@@ -134,27 +135,28 @@ class CompiledSteps:
 
     def _bind(self, inputs: Any, targets: Any) -> BoundStep | None:
         """The step for this batch; None if just this one is to be trained eagerly."""
-        reason = conditions.why_not(self._recipe, accumulate=self._accumulate)
+        leaves, spec = pytree.tree_flatten((inputs, targets))
+        if self._wanted is not None and not self._has_wanted_shape(leaves):
+            return None
+        members = Members.of(self._recipe.pair)
+        reason = conditions.why_not(self._recipe, members, accumulate=self._accumulate)
         if reason is not None:
             raise _NotCompiledError(reason)
-        leaves, spec = pytree.tree_flatten((inputs, targets))
         if not all(isinstance(leaf, torch.Tensor) for leaf in leaves) or not leaves:
             raise _NotCompiledError("batches hold things that are no tensors")
-        if not self._has_wanted_shape(leaves):
+        if not self._has_wanted_shape(leaves) or any(is_lazy(parameter) for parameter in members.parameters.values()):
             return None
-        if any(is_lazy(p) for p in self._recipe.pair.parameters()):
-            return None
-        live, has_state = self._inputs()
+        live, has_state = self._inputs(members)
         if conditions.overlapping(live.flat()):
             raise _NotCompiledError("tensors of the model or the optimizer share memory")
-        code = self._code_for(live, leaves, spec)
+        code = self._code_for(live, members, leaves, spec)
         if {place.parameter for place in live.state if place not in has_state} & code.traced.with_gradient:
             return None
         self._recipe.optimizer._opt_called = True  # type: ignore[attr-defined] # what schedulers look for
         return self._bound_to(code, live, leaves)
 
-    def _has_wanted_shape(self, leaves: Sequence[Tensor]) -> bool:
-        shape = ", ".join(f"{str(leaf.dtype).removeprefix('torch.')}{list(leaf.shape)}" for leaf in leaves)
+    def _has_wanted_shape(self, leaves: Sequence[Any]) -> bool:
+        shape = ", ".join(_described(leaf) for leaf in leaves)
         if self._wanted is None:
             self._wanted = self._run.remembered("compiled for") or shape
             self._run.depend_on("compiled for", self._wanted)
@@ -162,12 +164,10 @@ class CompiledSteps:
             self._say(f"batches of {shape} are trained eagerly, steps are compiled for {self._wanted}")
         return shape == self._wanted
 
-    def _inputs(self) -> tuple[Inputs, set[StateTensor]]:
+    def _inputs(self, members: Members) -> tuple[Inputs, set[StateTensor]]:
         """The live tensors; and which of the optimizer's are there already, the others being blanks."""
-        pair, optimizer = self._recipe.pair, self._recipe.optimizer
-        parameters = dict(pair.named_parameters())
-        names = {id(parameter): name for name, parameter in parameters.items()}
-        tensors = {**parameters, **dict(pair.named_buffers())}
+        optimizer, tensors = self._recipe.optimizer, members.tensors
+        names = {id(parameter): name for name, parameter in members.parameters.items()}
         device = next(iter(tensors.values())).device
         trained, state, has_state = {}, {}, set()
         for number, group in enumerate(optimizer.param_groups):
@@ -187,8 +187,8 @@ class CompiledSteps:
         detached = {name: tensor.detach() for name, tensor in tensors.items()}
         return Inputs(self._rates, detached, trained, state), has_state
 
-    def _code_for(self, live: Inputs, leaves: Sequence[Tensor], spec: pytree.TreeSpec) -> _Code:
-        fingerprint = self._fingerprint(live)
+    def _code_for(self, live: Inputs, members: Members, leaves: Sequence[Tensor], spec: pytree.TreeSpec) -> _Code:
+        fingerprint = self._fingerprint(live, members)
         if fingerprint not in self._known:
             code = _Code(trace(self._recipe, live, leaves, spec))
             if live.device.type == "cpu":
@@ -233,12 +233,11 @@ class CompiledSteps:
         code.captured.synchronize_counters()
         return code.captured
 
-    def _fingerprint(self, live: Inputs) -> Hashable:
+    def _fingerprint(self, live: Inputs, members: Members) -> Hashable:
         """What the graph depends on beside the code and what stays the same for the whole run."""
-        recipe = self._recipe
         return (
-            tuple(_attributes(module) for module in recipe.pair.modules()),
-            tuple(repr(updates.settings_of(group)) for group in recipe.optimizer.param_groups),
+            tuple(_attributes(module) for module in members.modules.values()),
+            tuple(repr(updates.settings_of(group)) for group in self._recipe.optimizer.param_groups),
             tuple(live.trained.items()),
             tuple((t.shape, t.stride(), t.dtype, t.device) for t in live.flat()),
             (torch.get_num_threads(), torch.is_autocast_enabled("cpu"), torch.is_autocast_enabled("cuda")),
@@ -248,6 +247,12 @@ class CompiledSteps:
         if text not in self._said:
             self._said.add(text)
             self._run.say(f"compile {text}")
+
+
+def _described(leaf: Any) -> str:
+    if not isinstance(leaf, torch.Tensor):
+        return type(leaf).__name__
+    return f"{str(leaf.dtype).removeprefix('torch.')}{list(leaf.shape)}"
 
 
 def _attributes(module: nn.Module) -> Hashable:

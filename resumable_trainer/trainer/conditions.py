@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import TYPE_CHECKING, Self
 
 import torch
 from torch import nn
@@ -12,7 +14,7 @@ from resumable_trainer.state.modes import StepWatch
 from resumable_trainer.trainer import artefacts, updates
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator, Sequence
+    from collections.abc import Callable, Iterator, Mapping, Sequence
 
     from torch import Tensor
 
@@ -22,14 +24,44 @@ _MODULE_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_ba
 _PARAMETER_HOOKS = ("_backward_hooks", "_post_accumulate_grad_hooks")
 
 
-def why_not(recipe: Recipe, *, accumulate: int) -> str | None:
+@dataclass(frozen=True)
+class Members:
+    """What a module consists of, by name; each thing once, under the first name that leads to it."""
+
+    modules: dict[str, nn.Module]
+    parameters: dict[str, nn.Parameter]
+    buffers: dict[str, Tensor]
+
+    @classmethod
+    def of(cls, root: nn.Module) -> Self:
+        """In one walk; `named_parameters()` and its like take one each."""
+        modules = dict(root.named_modules())
+        parameters: dict[int, tuple[str, nn.Parameter]] = {}
+        buffers: dict[int, tuple[str, Tensor]] = {}
+        for prefix, module in modules.items():
+            start = f"{prefix}." if prefix else ""
+            for name, parameter in module._parameters.items():
+                if parameter is not None:
+                    parameters.setdefault(id(parameter), (start + name, parameter))
+            for name, buffer in module._buffers.items():
+                if buffer is not None:
+                    buffers.setdefault(id(buffer), (start + name, buffer))
+        return cls(modules, dict(parameters.values()), dict(buffers.values()))
+
+    @property
+    def tensors(self) -> dict[str, Tensor]:
+        """Parameters and buffers."""
+        return {**self.parameters, **self.buffers}
+
+
+def why_not(recipe: Recipe, members: Members, *, accumulate: int) -> str | None:
     """Why no step of this kind can be compiled; None if it may be."""
     checks: tuple[Callable[[], Iterator[str]], ...] = (
         lambda: _of_settings(accumulate),
         lambda: _of_optimizer(recipe.optimizer),
-        lambda: _of_hooks(recipe.pair),
-        lambda: _of_tensors(recipe.pair),
-        lambda: _of_ownership(recipe),
+        lambda: _of_hooks(members),
+        lambda: _of_tensors(members.tensors),
+        lambda: _of_ownership(recipe, members),
     )
     return next((reason for check in checks for reason in check()), None)
 
@@ -70,11 +102,11 @@ def _has_global_optimizer_hooks() -> bool:
     return bool(optimizer._global_optimizer_pre_hooks or optimizer._global_optimizer_post_hooks)
 
 
-def _of_hooks(pair: nn.Module) -> Iterator[str]:
-    for name, module in pair.named_modules():
+def _of_hooks(members: Members) -> Iterator[str]:
+    for name, module in members.modules.items():
         if any(getattr(module, kind, None) for kind in _MODULE_HOOKS):
             yield f"{name} ({type(module).__name__}) has hooks"
-    for name, parameter in pair.named_parameters():
+    for name, parameter in members.parameters.items():
         if any(getattr(parameter, kind, None) for kind in _PARAMETER_HOOKS):
             yield f"{name} has hooks"
     from torch.nn.modules import module as modules
@@ -83,8 +115,7 @@ def _of_hooks(pair: nn.Module) -> Iterator[str]:
         yield "there are hooks on all modules"
 
 
-def _of_tensors(pair: nn.Module) -> Iterator[str]:
-    tensors: dict[str, Tensor] = {**dict(pair.named_parameters()), **dict(pair.named_buffers())}
+def _of_tensors(tensors: Mapping[str, Tensor]) -> Iterator[str]:
     for name, tensor in tensors.items():
         if is_lazy(tensor):
             continue  # the first step, an eager one, gives it a shape
@@ -101,30 +132,27 @@ def _of_tensors(pair: nn.Module) -> Iterator[str]:
         yield "there is no C++ compiler (g++, or what CXX names)"
 
 
-def _of_ownership(recipe: Recipe) -> Iterator[str]:
-    named = {id(parameter): name for name, parameter in recipe.pair.named_parameters()}
+def _of_ownership(recipe: Recipe, members: Members) -> Iterator[str]:
+    named = {id(parameter): name for name, parameter in members.parameters.items()}
     updated = {id(parameter) for group in recipe.optimizer.param_groups for parameter in group["params"]}
     if updated - named.keys():
         yield "the optimizer has parameters that are not the model's or the loss's"
     if recipe.clip is not None:
-        for parameter in recipe.pair.model.parameters():
-            if parameter.requires_grad and id(parameter) not in updated:
-                yield f"clip_grad_norm counts the gradient of {named[id(parameter)]}, which is not the optimizer's"
+        for name, parameter in members.parameters.items():
+            if parameter.requires_grad and id(parameter) not in updated and name.startswith("model."):
+                yield f"clip_grad_norm counts the gradient of {name}, which is not the optimizer's"
 
 
 def overlapping(tensors: Sequence[Tensor]) -> bool:
     """Whether two of the tensors share memory: compiled code takes them for separate."""
     spans = sorted(_span(tensor) for tensor in tensors if tensor.numel())
-    return any(end > begin for (_, _, end), (_, begin, _) in _neighbours(spans))
+    return any(a[0] == b[0] and a[2] > b[1] for a, b in pairwise(spans))
 
 
 def _span(tensor: Tensor) -> tuple[str, int, int]:
+    """Device, first byte, and first byte behind it."""
     begin = tensor.data_ptr()
+    if tensor.is_contiguous():
+        return tensor.device.type, begin, begin + tensor.nbytes
     last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
-    return str(tensor.device), begin, begin + (last + 1) * tensor.element_size()
-
-
-def _neighbours(spans: Iterable[tuple[str, int, int]]) -> Iterator[Any]:
-    from itertools import pairwise
-
-    return ((a, b) for a, b in pairwise(spans) if a[0] == b[0])
+    return tensor.device.type, begin, begin + (last + 1) * tensor.element_size()

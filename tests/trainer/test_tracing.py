@@ -113,7 +113,7 @@ def by_graph(model: nn.Module, optimizer: torch.optim.Optimizer, inputs: torch.T
     recipe = tracing.Recipe(tracing.Pair(model, loss_fn), optimizer, {}, None, keep_outputs=False)
     steps = compiled.CompiledSteps.__new__(compiled.CompiledSteps)
     steps._recipe, steps._rates = recipe, []
-    live, _ = steps._inputs()
+    live, _ = steps._inputs(conditions.Members.of(recipe.pair))
     for rate, group in zip(live.rates, optimizer.param_groups, strict=True):
         rate.fill_(group["lr"])
     leaves, spec = pytree.tree_flatten((inputs, targets))
@@ -156,6 +156,20 @@ def test_a_graph_does_what_the_step_does(make: Callable[[], nn.Module]) -> None:
     for (name, tensor), other in zip(model.state_dict().items(), twin.state_dict().values(), strict=True):
         torch.testing.assert_close(tensor, other, msg=name)
     assert len(optimizer.state) == len(twin_optimizer.state)
+
+
+@pytest.mark.parametrize("make", MODELS, ids=lambda make: make.__name__)
+def test_members_are_those_that_torch_names(make: Callable[[], nn.Module]) -> None:
+    model = make()
+    members = conditions.Members.of(model)
+    for ours, torchs in (
+        (members.modules, model.named_modules()),
+        (members.parameters, model.named_parameters()),
+        (members.buffers, model.named_buffers()),
+    ):
+        expected = dict(torchs)
+        assert list(ours) == list(expected)
+        assert all(ours[name] is thing for name, thing in expected.items())
 
 
 def test_tensors_that_share_memory_are_found() -> None:
