@@ -694,6 +694,14 @@ class Run:
         same = all(self._facts.get(fact, self._saved_facts[fact]) == self._saved_facts[fact] for fact in data)
         return self._saved_facts.get(name) if same else None
 
+    def leave_if_asked(self, where: str) -> None:
+        """Follow a notice within a batch's body; what was trained since the last snapshot is trained again.
+
+        For code that a notice may have broken: a Trainer's compiler gets the signals of the terminal, too.
+        """
+        if notices.leave is not None:
+            self._leave(notices.leave, where)
+
     def say(self, line: str) -> None:
         """Show a line for a person, above the bars."""
         self._screen.say([line])

@@ -127,6 +127,7 @@ class CompiledSteps:
         try:
             self._bound = self._bind(inputs, targets)
         except (_NotCompiledError, CannotTraceError, CannotCompileError) as reason:
+            self._run.leave_if_asked("while the step was compiled; the last durable snapshot stands")
             self._given_up = True
             self._say(f"steps are not compiled, the job runs eagerly: {reason}")
             self._run.depend_on("steps", "eager")

@@ -68,7 +68,7 @@ class CudaGraphStep:
         return self._outputs
 
     def _capture(self, graph: GraphModule) -> list[Tensor]:
-        kept = [tensor.clone() for tensor in self._static]
+        kept = {index: self._static[index].clone() for index in _written(graph)}
         generator = torch.cuda.get_rng_state(self._device)
         stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
         stream.wait_stream(torch.cuda.current_stream())
@@ -79,10 +79,17 @@ class CudaGraphStep:
         with torch.cuda.graph(self._captured), torch.no_grad():
             outputs: list[Tensor] = graph(*self._static)
         with torch.no_grad():
-            for tensor, before in zip(self._static, kept, strict=True):
-                tensor.copy_(before)
+            for index, before in kept.items():
+                self._static[index].copy_(before)
         torch.cuda.set_rng_state(generator, self._device)
         return outputs
+
+
+def _written(graph: GraphModule) -> list[int]:
+    """Numbers of the inputs that the graph changes."""
+    inputs = [node for node in graph.graph.nodes if node.op == "placeholder"]
+    copies = [node for node in graph.graph.nodes if node.target is torch.ops.aten.copy_.default]
+    return [index for index, node in enumerate(inputs) if any(copy.args[0] is node for copy in copies)]
 
 
 def _addresses(inputs: Sequence[Tensor], batch: slice) -> list[int]:

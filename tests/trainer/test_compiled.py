@@ -19,6 +19,7 @@ from compiled_jobs import train
 from torch import nn
 
 from resumable_trainer import DriftError, Run, SnapshotPolicy
+from resumable_trainer.errors import Interrupted
 from resumable_trainer.snapshot.layout import COMPILED
 from resumable_trainer.snapshot.store import Store
 from resumable_trainer.trainer import artefacts
@@ -282,6 +283,27 @@ def test_the_run_decides_on_the_shape_and_not_where_a_launch_begins(
     train(run, "adam", progress=None, snapshots=SnapshotPolicy(every_steps=6, background=False))
     said = " ".join(lines(capsys, "compile"))
     assert "batches of float32[4, 6], float32[4, 1] are trained eagerly" in said
+
+
+def test_a_notice_that_breaks_the_compiler_is_followed_and_changes_nothing(
+    at: Callable[[str], Path], interpreted: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ctrl-C reaches the compiler, too: its failure must not turn the batch into an eager one."""
+    whole, run = at("whole"), at("run")
+    train(whole, "adam")
+    with pytest.raises(KeyboardInterrupt):
+        train(run, "adam", kill=8)
+
+    def broken(*_: object) -> None:
+        signal.raise_signal(signal.SIGINT)
+        raise artefacts.CannotCompileError("the compiler was interrupted")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(artefacts.Artefacts, "make", broken)
+        with pytest.raises(Interrupted):
+            train(run, "adam")
+    train(run, "adam")
+    assert differing(whole, run) == []
 
 
 # -- no trace --------------------------------------------------------------------------------------------
@@ -562,3 +584,33 @@ def test_a_compiler_that_fails_is_said_and_the_job_runs_eagerly(
     assert "steps are not compiled, the job runs eagerly: torch cannot compile it" in " ".join(lines(capsys, "compile"))
     train(eager, "adamw", compile=False)
     assert differing(asked, eager) == []
+
+
+# -- on a GPU --------------------------------------------------------------------------------------------
+
+
+def on_gpu(job: str) -> dict[str, Any]:
+    settings = compiled_jobs.JOBS[job]()
+    settings["model"].cuda()  # parameters stay the same objects, the optimizer's too
+    settings.get("loss_fn", nn.BCELoss()).cuda()
+    return {
+        **settings,
+        "train_data": tuple(t.cuda() for t in jobs.table(52)),
+        "test_data": None,
+        "early_stopping": None,
+    }
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("job", ["adam", "adamw"])
+def test_a_cuda_graph_is_exact_across_kills_and_close_to_eager_steps(at: Callable[[str], Path], job: str) -> None:
+    whole, run, eager = at("whole"), at("run"), at("eager")
+    compiled = train(whole, job, **on_gpu(job))
+    assert steps_fact(whole) == "compiled (CUDA graph)"
+    for kill in (2, 5, 6, 12, 19):
+        with pytest.raises(KeyboardInterrupt):
+            train(run, job, kill=kill, **on_gpu(job))
+    train(run, job, **on_gpu(job))
+    assert differing(whole, run) == []
+    expected = train(eager, job, **{**on_gpu(job), "compile": False}).run.history.steps("loss")
+    assert compiled.run.history.steps("loss") == pytest.approx(expected, rel=1e-3)
