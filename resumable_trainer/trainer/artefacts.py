@@ -34,21 +34,28 @@ import subprocess
 import sys
 import tempfile
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
 
-from resumable_trainer.durable.files import Files, make_directories, write_replacing
+from resumable_trainer.durable.digest import reading
+from resumable_trainer.durable.files import TEMPORARY_PREFIX, Files, make_directories, write_replacing
 from resumable_trainer.state import generators
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Sequence
 
-    from torch import Tensor
     from torch.fx import GraphModule
 
+Step = Callable[[list[Tensor]], list[Tensor]]
+"""A compiled step: all inputs of a graph, in its order, to its outputs; inputs are changed in place."""
+
 SUFFIX = ".step"
+_MAX_FILES = 16
+_MAX_BYTES = 1 << 30
 _SEAL_BYTES = hashlib.sha256().digest_size
 _SECRET_BYTES = 32
 _FORMAT = 1
@@ -117,14 +124,15 @@ class Artefacts:
     def __init__(self, directory: Path) -> None:
         self._directory = directory
 
-    def load(self, key: str) -> Callable[[list[Tensor]], list[Tensor]] | None:
+    def load(self, key: str) -> Step | None:
         """The compiled step of this name; None if it is not here, damaged, or not sealed by this user."""
         secret = _secret()
         if secret is None:
             return None
         try:
-            data = (self._directory / f"{key}{SUFFIX}").read_bytes()
-        except OSError:
+            with reading(self._directory / f"{key}{SUFFIX}") as file:
+                data = file.read(_MAX_BYTES)
+        except (OSError, ValueError):  # ValueError: no plain file
             return None
         seal, code = data[:_SEAL_BYTES], data[_SEAL_BYTES:]
         if not hmac.compare_digest(seal, _seal(secret, key, code)):
@@ -134,10 +142,8 @@ class Artefacts:
         except (CannotCompileError, OSError):
             return None
 
-    def make(
-        self, key: str, graph: GraphModule, inputs: Sequence[Tensor], compiler: str
-    ) -> Callable[[list[Tensor]], list[Tensor]]:
-        """Compile, keep, load.
+    def make(self, graph: GraphModule, inputs: Sequence[Tensor], compiler: str) -> tuple[Step, bytes]:
+        """Compile; the step, and its code to be kept.
 
         Raises:
             CannotCompileError: torch or the C++ compiler refuses.
@@ -145,24 +151,31 @@ class Artefacts:
         before = generators.capture_global()
         try:
             code = _compiled(graph, inputs, compiler)
-            runner = _runner(code)
+            return _runner(code), code
         except OSError as error:
             raise CannotCompileError(f"its files cannot be written ({_first_line(error)})") from error
         finally:
             generators.restore_global(before)
-        self._keep(key, code)
-        return runner
 
-    def _keep(self, key: str, code: bytes) -> None:
+    def keep(self, key: str, code: bytes) -> bool:
+        """Keep code for the next start; False where that cannot be."""
         secret = _secret()
         if secret is None:
-            return
+            return False
         files = Files()
         try:
             make_directories(files, self._directory)
             write_replacing(files, self._directory / f"{key}{SUFFIX}", _seal(secret, key, code) + code)
+            self._make_room(files)
         except OSError:
-            return  # a full disk: the next start compiles again
+            return False  # a full disk: the next start compiles again
+        return True
+
+    def _make_room(self, files: Files) -> None:
+        """Code of earlier versions of the script goes, and what a process left that died while writing."""
+        kept = sorted(self._directory.glob(f"*{SUFFIX}"), key=lambda path: path.lstat().st_mtime_ns)
+        for path in [*kept[:-_MAX_FILES], *self._directory.glob(f"{TEMPORARY_PREFIX}*")]:
+            files.remove_file(path)
 
 
 def _seal(secret: bytes, key: str, code: bytes) -> bytes:
@@ -204,7 +217,7 @@ def _new_secret(path: Path) -> bytes | None:
     return _read_secret(path)
 
 
-def _runner(code: bytes) -> Callable[[list[Tensor]], list[Tensor]]:
+def _runner(code: bytes) -> Step:
     with tempfile.TemporaryDirectory(prefix="resumable-trainer-") as directory:  # mode 0700
         path = Path(directory) / "step.so"
         path.write_bytes(code)
@@ -212,7 +225,7 @@ def _runner(code: bytes) -> Callable[[list[Tensor]], list[Tensor]]:
             loaded = torch._C._aoti.AOTIModelContainerRunnerCpu(str(path), 1)
         except (RuntimeError, AttributeError) as error:  # AttributeError: a torch that names it otherwise
             raise CannotCompileError(f"the compiled code cannot be loaded ({_first_line(error)})") from error
-    run: Callable[[list[Tensor]], list[Tensor]] = loaded.run
+    run: Step = loaded.run
     return run
 
 

@@ -211,8 +211,11 @@ class CompiledSteps:
         if call is None:
             started = time.monotonic()
             self._say(f"compiling the step for batches of {self._wanted} ...")
-            call = self._artefacts.make(key, traced.graph, example, compiler)
-            self._say(f"steps are compiled ({time.monotonic() - started:.1f} s, kept in {COMPILED}/)")
+            call, made = self._artefacts.make(traced.graph, example, compiler)
+            where = (
+                f"kept in {COMPILED}/" if self._artefacts.keep(key, made) else "not kept: the next start compiles again"
+            )
+            self._say(f"steps are compiled ({time.monotonic() - started:.1f} s, {where})")
         else:
             self._say(f"steps are compiled for batches of {self._wanted} (found in {COMPILED}/)")
         return _Code(traced, call)

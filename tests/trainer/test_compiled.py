@@ -65,10 +65,11 @@ def at(tmp_path: Path, kept: Path) -> Iterator[Callable[[str], Path]]:
 def interpreted(monkeypatch: pytest.MonkeyPatch) -> None:
     """Graphs are not compiled but run as they are: all else of a compiled run is as ever."""
 
-    def make(_self: object, _key: str, graph: Any, *_: object) -> Callable[[list[torch.Tensor]], Any]:
-        return lambda live: graph(*live)
+    def make(_self: object, graph: Any, *_: object) -> tuple[Callable[[list[torch.Tensor]], Any], bytes]:
+        return lambda live: graph(*live), b""
 
     monkeypatch.setattr(artefacts.Artefacts, "make", make)
+    monkeypatch.setattr(artefacts.Artefacts, "keep", lambda *_: False)
     monkeypatch.setattr(artefacts.Artefacts, "load", lambda _self, _key: None)
     monkeypatch.setattr(artefacts, "cxx", lambda: sys.executable)
 
@@ -471,12 +472,18 @@ def make_it_a_directory(file: Path) -> None:
     file.mkdir()
 
 
+def make_it_a_pipe(file: Path) -> None:
+    file.unlink()
+    os.mkfifo(file)
+
+
 DAMAGES: dict[str, Callable[[Path], object]] = {
     "a bit is flipped": flip,
     "cut": lambda file: os.truncate(file, 1000),
     "empty": lambda file: os.truncate(file, 0),
     "gone": lambda file: file.unlink(),
     "a directory": make_it_a_directory,
+    "a pipe": make_it_a_pipe,
     "all gone": lambda file: shutil.rmtree(file.parent),
     "another step's": lambda file: file.write_bytes(min(file.parent.glob("*.step")).read_bytes()),
 }
@@ -537,7 +544,11 @@ def test_code_that_this_user_did_not_compile_is_not_loaded(
 
 @needs_compiler
 def test_nothing_is_loaded_or_kept_where_others_can_read_the_secret(
-    at: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch, used: list[str], tmp_path: Path
+    at: Callable[[str], Path],
+    monkeypatch: pytest.MonkeyPatch,
+    used: list[str],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     run = at("run")
     train(run, "adamw", epochs=1)
@@ -549,9 +560,20 @@ def test_nothing_is_loaded_or_kept_where_others_can_read_the_secret(
     readable.chmod(0o644)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     shutil.rmtree(run / COMPILED)
-    train(run, "adamw", epochs=2)
+    train(run, "adamw", epochs=2, progress=None)
+    assert "not kept: the next start compiles again" in " ".join(lines(capsys, "compile"))
     assert asked == ["asked"]
     assert not (run / COMPILED).exists()
+
+
+def test_code_of_earlier_scripts_makes_room(tmp_path: Path) -> None:
+    kept = artefacts.Artefacts(tmp_path / COMPILED)
+    for number in range(20):
+        assert kept.keep(f"{number:04d}", b"code")
+    (tmp_path / COMPILED / ".tmp-of-a-process-that-died").touch()
+    assert kept.keep("last", b"code")
+    names = sorted(file.name for file in (tmp_path / COMPILED).iterdir())
+    assert names == [f"{number:04d}.step" for number in range(5, 20)] + ["last.step"]
 
 
 @needs_compiler
