@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import shutil
 import signal
@@ -400,6 +401,41 @@ def test_what_a_graph_took_for_constant_may_change_between_epochs(
     assert differing(whole, run) == []
     expected = train(eager, "adam", **{**changing(), "compile": False}).run.history.steps("loss")
     assert compiled.run.history.steps("loss") == pytest.approx(expected, rel=1e-4)
+
+
+def test_tensors_that_were_replaced_between_epochs_are_followed(at: Callable[[str], Path], interpreted: None) -> None:
+    """As a restore does: the optimizer has other state tensors and groups then, parameters may have other memory."""
+
+    def replacing() -> dict[str, Any]:
+        settings = compiled_jobs.adam()
+        model, optimizer = settings["model"], settings["optimizer"]
+
+        def change(_epoch: int) -> None:
+            optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+            for tensor in (*model.parameters(), *model.buffers()):
+                tensor.data = tensor.detach().clone()
+
+        return {**settings, "scheduler": Schedule(optimizer, change)}
+
+    def leaving() -> dict[str, Any]:
+        settings = compiled_jobs.adam()
+        return {**settings, "scheduler": Schedule(settings["optimizer"], lambda _epoch: None)}
+
+    even = {"train_data": jobs.table(48)}
+    replaced, left = at("replaced"), at("left")
+    train(replaced, "adam", **replacing(), **even)
+    train(left, "adam", **leaving(), **even)
+    assert differing(replaced, left) == []
+
+
+def test_a_scheduler_sees_that_the_optimizer_has_stepped(at: Callable[[str], Path], interpreted: None) -> None:
+    """It warns if not, and warnings are errors here; without state the optimizer makes no eager step."""
+    model = jobs.network()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 1)
+    parts = {"model": model, "optimizer": optimizer, "scheduler": scheduler}
+    train(at("run"), "adam", train_data=jobs.table(48), epochs=2, **parts)
+    assert optimizer.param_groups[0]["lr"] == pytest.approx(0.001)
 
 
 # -- drift -----------------------------------------------------------------------------------------------
