@@ -41,7 +41,7 @@ from resumable_trainer.trainer import artefacts, conditions, updates
 from resumable_trainer.trainer.artefacts import Artefacts, CannotCompileError
 from resumable_trainer.trainer.bound import BoundStep
 from resumable_trainer.trainer.conditions import Members
-from resumable_trainer.trainer.cuda_graph import CudaGraphStep
+from resumable_trainer.trainer.cuda_graph import CannotCaptureError, CudaGraphStep
 from resumable_trainer.trainer.graphs import CannotTraceError
 from resumable_trainer.trainer.tracing import Inputs, Pair, Recipe, StateTensor, Traced, trace
 
@@ -97,6 +97,7 @@ class CompiledSteps:
         self._recipe = Recipe(Pair(model, loss_fn), optimizer, plain, clip, keep_outputs=len(plain) < len(metrics))
         self._run, self._metrics, self._accumulate = run, metrics, accumulate
         self._known: dict[Hashable, _Code] = {}
+        self._failed: dict[Hashable, CannotTraceError | CannotCompileError] = {}
         self._rates: list[Tensor] = []
         self._artefacts = Artefacts(run.directory / COMPILED)
         self.begin_run()
@@ -105,6 +106,7 @@ class CompiledSteps:
         """The run has been entered: what is compiled is decided anew, code that is here already stays."""
         self._wanted: str | None = None
         self._said: set[str] = set()
+        self._failed.clear()
         self.begin_epoch()
 
     def begin_epoch(self) -> None:
@@ -126,7 +128,7 @@ class CompiledSteps:
     def _look(self, inputs: Any, targets: Any) -> dict[str, Any] | None:
         try:
             self._bound = self._bind(inputs, targets)
-        except (_NotCompiledError, CannotTraceError, CannotCompileError) as reason:
+        except (_NotCompiledError, CannotTraceError, CannotCompileError, CannotCaptureError) as reason:
             self._run.leave_if_asked("while the step was compiled; the last durable snapshot stands")
             self._given_up = True
             self._say(f"steps are not compiled, the job runs eagerly: {reason}")
@@ -190,17 +192,25 @@ class CompiledSteps:
 
     def _code_for(self, live: Inputs, members: Members, leaves: Sequence[Tensor], spec: pytree.TreeSpec) -> _Code:
         fingerprint = self._fingerprint(live, members)
+        if fingerprint in self._failed:
+            raise self._failed[fingerprint]
         if fingerprint not in self._known:
-            code = _Code(trace(self._recipe, live, leaves, spec))
-            if live.device.type == "cpu":
-                code = self._compiled(code.traced, live, leaves)
-            else:
-                self._say(f"steps are one CUDA graph for batches of {self._wanted}")
-            self._known[fingerprint] = code
+            try:
+                self._known[fingerprint] = self._made(live, leaves, spec)
+            except (CannotTraceError, CannotCompileError) as error:
+                self._failed[fingerprint] = error  # not to be tried again at each epoch
+                raise
         compiler = artefacts.cxx()
         how = "CUDA graph" if compiler is None or live.device.type == "cuda" else artefacts.toolchain(compiler)
         self._run.depend_on("steps", f"compiled ({how})")
         return self._known[fingerprint]
+
+    def _made(self, live: Inputs, leaves: Sequence[Tensor], spec: pytree.TreeSpec) -> _Code:
+        traced = trace(self._recipe, live, leaves, spec)
+        if live.device.type == "cpu":
+            return self._compiled(traced, live, leaves)
+        self._say(f"steps are one CUDA graph for batches of {self._wanted}")
+        return _Code(traced)
 
     def _compiled(self, traced: Traced, live: Inputs, leaves: Sequence[Tensor]) -> _Code:
         compiler = artefacts.cxx()
@@ -229,10 +239,11 @@ class CompiledSteps:
     def _captured(self, code: _Code, bound: BoundStep, live: Inputs) -> CudaGraphStep:
         if code.captured is None or not code.captured.fits(bound.live):
             first = len(live.flat()) - len(live.state)
-            counted = code.traced.with_gradient
-            counters = [
-                first + n for n, place in enumerate(live.state) if place.name == "step" and place.parameter in counted
-            ]
+            counters = {
+                first + number: place.parameter in code.traced.with_gradient
+                for number, place in enumerate(live.state)
+                if place.name == "step"
+            }
             code.captured = CudaGraphStep(code.traced.graph, bound.live, batch=bound.batch, counters=counters)
         code.captured.synchronize_counters()
         return code.captured

@@ -16,12 +16,16 @@ from typing import TYPE_CHECKING
 import torch
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
     from torch import Tensor
     from torch.fx import GraphModule
 
 _WARM_UPS = 3  # as torch's notes on CUDA graphs advise: libraries choose and allocate in the first calls
+
+
+class CannotCaptureError(Exception):
+    """Why a step is no CUDA graph; ends up as a line on the screen."""
 
 
 class CudaGraphStep:
@@ -31,21 +35,28 @@ class CudaGraphStep:
         graph: The traced step.
         inputs: Its inputs; the batch among them is only an example.
         batch: Where in `inputs` the batch is.
-        counters: Where in it the optimizer's `step` tensors are, each to be moved on by one per step.
+        counters: Where in it the optimizer's `step` tensors are, and whether the graph moves each one on.
+
+    Raises:
+        CannotCaptureError: The graph does something that a CUDA graph cannot; nothing has changed.
     """
 
-    def __init__(self, graph: GraphModule, inputs: Sequence[Tensor], *, batch: slice, counters: Sequence[int]) -> None:
+    def __init__(
+        self, graph: GraphModule, inputs: Sequence[Tensor], *, batch: slice, counters: Mapping[int, bool]
+    ) -> None:
         self._batch = batch
         self._device = inputs[batch][0].device
         self._addresses = _addresses(inputs, batch)
         self._static = list(inputs)
         self._static[batch] = [tensor.clone() for tensor in inputs[batch]]
-        self._hosts = [inputs[index] for index in counters if inputs[index].device.type == "cpu"]
+        on_host = [index for index in counters if inputs[index].device.type == "cpu"]
+        self._hosts = [inputs[index] for index in on_host]
+        self._moved_on = [inputs[index] for index in on_host if counters[index]]
         self._copies = [host.to(self._device) for host in self._hosts]
-        for index, copy in zip([i for i in counters if inputs[i].device.type == "cpu"], self._copies, strict=True):
+        for index, copy in zip(on_host, self._copies, strict=True):
             self._static[index] = copy
         if any(tensor.device != self._device for tensor in self._static):
-            raise ValueError("a tensor of the step is not on the model's device")
+            raise CannotCaptureError("a tensor of the step is not on the model's device")
         self._captured = torch.cuda.CUDAGraph()
         self._outputs = self._capture(graph)
 
@@ -63,13 +74,24 @@ class CudaGraphStep:
         for static, given in zip(self._static[self._batch], inputs[self._batch], strict=True):
             static.copy_(given, non_blocking=True)
         self._captured.replay()
-        if self._hosts:
-            torch._foreach_add_(self._hosts, 1)
+        if self._moved_on:
+            torch._foreach_add_(self._moved_on, 1)
         return self._outputs
 
     def _capture(self, graph: GraphModule) -> list[Tensor]:
         kept = {index: self._static[index].clone() for index in _written(graph)}
         generator = torch.cuda.get_rng_state(self._device)
+        try:
+            return self._warmed_up_and_captured(graph)
+        except RuntimeError as error:
+            raise CannotCaptureError(str(error).strip().partition("\n")[0][:200]) from error
+        finally:
+            with torch.no_grad():
+                for index, before in kept.items():
+                    self._static[index].copy_(before)
+            torch.cuda.set_rng_state(generator, self._device)
+
+    def _warmed_up_and_captured(self, graph: GraphModule) -> list[Tensor]:
         stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream), torch.no_grad():
@@ -78,10 +100,6 @@ class CudaGraphStep:
         torch.cuda.current_stream().wait_stream(stream)
         with torch.cuda.graph(self._captured), torch.no_grad():
             outputs: list[Tensor] = graph(*self._static)
-        with torch.no_grad():
-            for index, before in kept.items():
-                self._static[index].copy_(before)
-        torch.cuda.set_rng_state(generator, self._device)
         return outputs
 
 

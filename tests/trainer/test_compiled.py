@@ -23,7 +23,7 @@ from resumable_trainer import DriftError, Run, SnapshotPolicy
 from resumable_trainer.errors import Interrupted
 from resumable_trainer.snapshot.layout import COMPILED
 from resumable_trainer.snapshot.store import Store
-from resumable_trainer.trainer import artefacts
+from resumable_trainer.trainer import artefacts, compiled
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -126,13 +126,13 @@ def test_a_process_killed_within_an_epoch_is_continued_by_another_which_compiles
 @needs_compiler
 @pytest.mark.parametrize("job", compiled_jobs.JOBS)
 def test_compiled_steps_are_close_to_eager_ones(at: Callable[[str], Path], job: str) -> None:
-    compiled = train(at("compiled"), job)
+    trainer = train(at("compiled"), job)
     eager = train(at("eager"), job, compile=False)
-    assert compiled.run.step == eager.run.step == 21
-    assert compiled.run.history.names("step") == eager.run.history.names("step")
+    assert trainer.run.step == eager.run.step == 21
+    assert trainer.run.history.names("step") == eager.run.history.names("step")
     for name in eager.run.history.names("step"):
-        assert compiled.run.history.steps(name) == pytest.approx(eager.run.history.steps(name), rel=1e-3)
-    a, b = compiled.run.captured(), eager.run.captured()
+        assert trainer.run.history.steps(name) == pytest.approx(eager.run.history.steps(name), rel=1e-3)
+    a, b = trainer.run.captured(), eager.run.captured()
     assert list(a.tensors) == list(b.tensors)
     for part in ("model", "optimizer"):
         assert list(a.tensors[part]) == list(b.tensors[part])
@@ -252,6 +252,21 @@ def test_what_cannot_be_exact_is_said_in_one_line_and_trained_as_if_nobody_had_a
     train(eager, "adam", **{"scheduler": None, **settings(), "compile": False})
     assert differing(asked, eager) == []
     assert steps_fact(asked) == "eager"
+
+
+def test_what_cannot_be_traced_is_tried_once_and_not_at_each_epoch(
+    at: Callable[[str], Path], interpreted: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tried: list[str] = []
+    original = compiled.trace
+
+    def counted(*arguments: Any) -> Any:
+        tried.append("tried")
+        return original(*arguments)
+
+    monkeypatch.setattr(compiled, "trace", counted)
+    train(at("run"), "adam", **{"scheduler": None, **odd(decides)()})
+    assert tried == ["tried"]
 
 
 def test_without_a_compiler_the_job_runs_eagerly_and_says_so(
@@ -393,14 +408,14 @@ def test_what_a_graph_took_for_constant_may_change_between_epochs(
     at: Callable[[str], Path], interpreted: None, changing: Callable[[], dict[str, Any]]
 ) -> None:
     whole, run, eager = at("whole"), at("run"), at("eager")
-    compiled = train(whole, "adam", **changing())
+    trainer = train(whole, "adam", **changing())
     for kill in (5, 9, 16):
         with pytest.raises(KeyboardInterrupt):
             train(run, "adam", kill=kill, **changing())
     train(run, "adam", **changing())
     assert differing(whole, run) == []
     expected = train(eager, "adam", **{**changing(), "compile": False}).run.history.steps("loss")
-    assert compiled.run.history.steps("loss") == pytest.approx(expected, rel=1e-4)
+    assert trainer.run.history.steps("loss") == pytest.approx(expected, rel=1e-4)
 
 
 def test_tensors_that_were_replaced_between_epochs_are_followed(at: Callable[[str], Path], interpreted: None) -> None:
@@ -663,7 +678,7 @@ def on_gpu(job: str) -> dict[str, Any]:
 @pytest.mark.parametrize("job", ["adam", "adamw"])
 def test_a_cuda_graph_is_exact_across_kills_and_close_to_eager_steps(at: Callable[[str], Path], job: str) -> None:
     whole, run, eager = at("whole"), at("run"), at("eager")
-    compiled = train(whole, job, **on_gpu(job))
+    trainer = train(whole, job, **on_gpu(job))
     assert steps_fact(whole) == "compiled (CUDA graph)"
     for kill in (2, 5, 6, 12, 19):
         with pytest.raises(KeyboardInterrupt):
@@ -671,4 +686,4 @@ def test_a_cuda_graph_is_exact_across_kills_and_close_to_eager_steps(at: Callabl
     train(run, job, **on_gpu(job))
     assert differing(whole, run) == []
     expected = train(eager, job, **{**on_gpu(job), "compile": False}).run.history.steps("loss")
-    assert compiled.run.history.steps("loss") == pytest.approx(expected, rel=1e-3)
+    assert trainer.run.history.steps("loss") == pytest.approx(expected, rel=1e-3)
