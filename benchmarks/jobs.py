@@ -58,8 +58,9 @@ class Job:
 
 CLASSIC = Job("classic", (8, 12, 8, 1), 768, 10)
 WIDE = Job("wide", (64, 256, 128, 1), 60_000, 256)
+WIDE_SMALL = Job("wide, small network", (64, 12, 8, 1), 60_000, 256)
 LONG = Job("long", (256, 256, 256, 256, 1), 256 * 100, 256)  # its batch is made to fit 5 ms
-JOBS = {job.name: job for job in (CLASSIC, WIDE, LONG)}
+JOBS = {job.name: job for job in (CLASSIC, WIDE, WIDE_SMALL, LONG)}
 LOSS = nn.BCELoss()
 
 

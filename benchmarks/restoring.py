@@ -46,7 +46,7 @@ def measure(laps: Laps, *, num_bytes: int, rounds: int, directory: str) -> None:
     model, optimizer = jobs.big_state(num_bytes)
     own = Own(root / "own", {"model": model, "optimizer": optimizer})
     save = TorchSave(root, model, optimizer)
-    own.save(), save.save()
+    own.save(), own.save(), save.save()  # two, as a run has that keeps several: there is one to fall back to
     tensors = jobs.tensors_of(model, optimizer)
     (root / "raw").write_bytes(b"".join(tensor.numpy().tobytes() for tensor in tensors))
     at_first = _places(model, optimizer)

@@ -20,6 +20,7 @@ Public names load on first use, so that commands that only look never import tor
 
 from __future__ import annotations
 
+import gc
 import importlib
 from typing import TYPE_CHECKING
 
@@ -108,7 +109,14 @@ def __getattr__(name: str) -> object:
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     # importlib, not `from . import x`: inside a module's __getattr__ the statement would call itself for ever.
-    value = getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
+    # Without the garbage collector: it would walk all that torch has loaded, which takes as long as the import itself.
+    collects = gc.isenabled()
+    gc.disable()
+    try:
+        value = getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
+    finally:
+        if collects:
+            gc.enable()
     globals()[name] = value
     return value
 

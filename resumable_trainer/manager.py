@@ -12,11 +12,15 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import math
 import time
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Self
+from typing import TYPE_CHECKING, Any, Literal, Protocol, Self
+
+import torch
+from torch import nn
 
 from resumable_trainer.durable.files import Files, make_directories
 from resumable_trainer.durable.filesystem import refuse_links
@@ -33,19 +37,24 @@ from resumable_trainer.errors import (
     StateMismatchError,
     UsageError,
 )
-from resumable_trainer.snapshot.committer import Committer, Hooks
-from resumable_trainer.snapshot.layout import EVENTS, OWN_NAMES, RUN_LOCK, Position, parse_name, snapshot_name
-from resumable_trainer.snapshot.manifest import Best, JournalMark, Manifest, PositionFields
+from resumable_trainer.snapshot.committer import Committer, Hooks, Newest
+from resumable_trainer.snapshot.dictation import Dictation, Draft
+from resumable_trainer.snapshot.layout import EVENTS, FROZEN, OWN_NAMES, RUN_LOCK, Position, parse_name, snapshot_name
+from resumable_trainer.snapshot.manifest import Manifest
+from resumable_trainer.snapshot.opened import OpenSnapshot
 from resumable_trainer.snapshot.pending import PendingSnapshot
-from resumable_trainer.snapshot.reader import Reader
+from resumable_trainer.snapshot.plan import Planner
 from resumable_trainer.snapshot.retention import Kept, to_delete
 from resumable_trainer.snapshot.store import Store
-from resumable_trainer.snapshot.tree import BAD_VALUES, Flat, flatten
-from resumable_trainer.state import generators, modes, staging
+from resumable_trainer.snapshot.tree import BAD_VALUES, Flat, Plain
+from resumable_trainer.snapshot.unchanged import WORTH_BYTES
+from resumable_trainer.snapshot.writer import StateFiles, Worked
+from resumable_trainer.state import filling, generators, modes, staging
 from resumable_trainer.state.parts import (
     RESERVED_NAMES,
     capture_part,
     check_parts,
+    live_tensors,
     mismatches,
     restore_part,
     unfaithful,
@@ -53,12 +62,14 @@ from resumable_trainer.state.parts import (
 
 if TYPE_CHECKING:
     import os
-    from collections.abc import Callable, Iterator, Mapping, Sequence
+    from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
     from types import TracebackType
 
     from resumable_trainer.metrics.early_stopping import BestValue
+    from resumable_trainer.snapshot.manifest import FileEntry
 
 Outcome = Literal["finished", "stopped_early"]
+_NOTE_STEP_SECONDS = 1.0  # the step in the lock's record is for people
 
 
 @dataclass(frozen=True)
@@ -93,10 +104,26 @@ class Facts:
         return snapshot_name(self.position, epoch_complete=self.epoch_complete)
 
     @property
+    def kept(self) -> Kept:
+        """What retention will know of it."""
+        return Kept(self.name, self.position, self.epoch_complete, self.value)
+
+    @property
     def value(self) -> float | None:
         """Value of the early-stopping metric after the epoch; what retention keeps the best by."""
         value = self.metrics.get(self.best.metric) if self.best is not None and self.epoch_complete else None
         return None if value is None else float(value)
+
+
+class Rows(Protocol):
+    """The metric journal, as far as saving goes."""
+
+    @property
+    def whole_file(self) -> Path | None:
+        """Its file, if syncing it is all that makes every row durable; None if only `sync` can."""
+
+    def sync(self) -> None:
+        """Make every row so far durable; called by the thread that writes snapshots."""
 
 
 @dataclass(frozen=True)
@@ -112,6 +139,8 @@ class RestoreReport:
         absent: What a snapshot holds beside the parts, and this one does not (it was imported): it is as
             the script left it.
         notes: Lines for a person: what could not be restored exactly.
+        is_verified: Whether every byte of it was checked before any was used; else tensors are checked while they
+            are read into the parts.
     """
 
     snapshot: str | None = None
@@ -121,6 +150,7 @@ class RestoreReport:
     set_aside: tuple[str, ...] = ()
     absent: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
+    is_verified: bool = True
 
 
 class StateManager:
@@ -160,12 +190,17 @@ class StateManager:
         self.swept: list[str] = []
         retain = retain or partial(to_delete, keep_last=3, keep_best=0, keep_every=None)
         self._committer = Committer(self.store, files=self.files, retain=retain)
+        self._dictation = Dictation(self.directory, committer=self._committer, files=self.files, note=self.note)
         self._lock = lock
         self._command = command
         self._events: Journal | None = None
         self._in_flight: PendingSnapshot | None = None
+        self._planner = Planner()
         self._arena = staging.Arena()
+        self._worked = Worked()
+        self._step_noted_at = -math.inf
         self._watch: modes.StepWatch | None = None
+        self._is_half_restored = False
 
     # -- life -------------------------------------------------------------------------------------
 
@@ -207,6 +242,7 @@ class StateManager:
             self.wait()
         finally:
             try:
+                self._dictation.close()
                 if self._events is not None:
                     self._events.close()
             finally:
@@ -256,7 +292,7 @@ class StateManager:
         """Generation of the newest readable manifest: the lock file itself may have been lost."""
         for name in reversed(self.store.names()):
             try:
-                return self.store.verify(name).generation
+                return self.store.manifest(name).generation
             except (DamagedSnapshotError, SnapshotGoneError):
                 continue
         return 0
@@ -279,12 +315,18 @@ class StateManager:
         """
         used = self._watch.used_gradients() if self._watch is not None else set()
         gradients = modes.capture_gradients(self.state, used=used)
-        trees: dict[str, object] = {name: capture_part(part) for name, part in self.state.items()}
+        trees: dict[str, object] = {name: _tree_of(part) for name, part in self.state.items()}
         trees["modes"] = modes.capture_modes(self.state)
         trees["gradients"] = gradients
-        trees["generators"] = generators.capture_global()
         trees.update(sections or {})
-        return flatten(trees)
+        if "generators" not in trees:
+            trees["generators"] = generators.capture_global()
+        return self._planner.flatten(trees, self._lying_apart(trees))
+
+    def _lying_apart(self, trees: Mapping[str, Any]) -> dict[str, list[str]]:
+        """Tensors of each module that get a file of their own: those that are not trained, if they are worth it."""
+        frozen = {name: found["frozen"] for name, found in trees["modes"].items() if name + FROZEN not in trees}
+        return {name: keys for name, keys in frozen.items() if keys and _num_bytes(trees[name], keys) >= WORTH_BYTES}
 
     def stage(self, captured: Flat) -> Flat:
         """A copy of a captured state that later training cannot change; blocks for one memory copy.
@@ -295,7 +337,8 @@ class StateManager:
             SnapshotWriteError: The snapshot in flight could not be made durable.
         """
         self.wait()
-        return Flat(values=captured.values, tensors=self._arena.stage(captured.tensors))
+        tensors = self._arena.stage(captured.tensors, structure=captured.structure)
+        return Flat(captured.values, tensors, captured.structure)
 
     def write(
         self,
@@ -303,16 +346,15 @@ class StateManager:
         facts: Facts,
         *,
         background: bool = True,
-        before_commit: Callable[[], None] | None = None,
+        rows: Rows | None = None,
     ) -> PendingSnapshot:
         """Write a staged state and commit it.
 
         Args:
             staged: What `stage` gave.
             facts: What the manifest is to say.
-            background: Return at once and write in a thread; waits first for a snapshot in flight.
-            before_commit: Called in the writing thread before the manifest is written: makes durable
-                what the manifest speaks of (the metric journal).
+            background: Return at once and write beside the training; waits first for a snapshot in flight.
+            rows: What the manifest speaks of (the metric journal): made durable before the manifest is written.
 
         Raises:
             SnapshotWriteError: This one (if not in the background) or the one before it could not
@@ -320,10 +362,27 @@ class StateManager:
         """
         _ = self.lock
         self.wait()
-        write = partial(self._write_and_commit, staged, facts, before_commit)
-        pending = PendingSnapshot(facts.name, write, background=background)
-        self._in_flight = pending
-        return pending
+        content = StateFiles(staged, self._worked)
+        write = partial(self._write_and_commit, content, facts, rows)
+        pending = self._dictated(content, facts, rows, write) if background else None
+        self._in_flight = pending or PendingSnapshot(facts.name, write, background=background)
+        return self._in_flight
+
+    def _dictated(
+        self, content: StateFiles, facts: Facts, rows: Rows | None, write: Callable[[], None]
+    ) -> PendingSnapshot | None:
+        file = None if rows is None else rows.whole_file
+        if rows is not None and file is None:
+            return None
+        draft = Draft(
+            kept=facts.kept,
+            content=content,
+            fields=partial(self._manifest_fields, facts),
+            rows=file,
+            committed=partial(self._note_committed, facts),
+            otherwise=write,
+        )
+        return self._dictation.take(draft, self.lock)
 
     def snapshot(
         self,
@@ -343,9 +402,17 @@ class StateManager:
             SettingsError: A position that cannot be.
             SnapshotWriteError: The snapshot before this one could not be made durable.
             UnsafeValueError: A value of the state has no safe form on disk.
+            UsageError: A restore has failed half-way, and none has succeeded since.
         """
         if min(epoch, batch, step) < 0:
             raise SettingsError(f"snapshot: position epoch={epoch} batch={batch} step={step} is negative")
+        if self._is_half_restored:
+            raise UsageError(
+                f"snapshot: a restore from {self.directory} has failed while it wrote into the parts, so that they hold"
+                " no state of the training",
+                path=self.directory,
+                hint="restore a snapshot that is valid, or start again",
+            )
         position = Position(epoch=epoch, batch=batch, step=step)
         complete = batch == 0 and epoch > 0
         facts = Facts(position=position, epoch_complete=complete, metrics=dict(metrics or {}))
@@ -362,27 +429,39 @@ class StateManager:
         if self._in_flight is not None and self._in_flight.done:
             self.wait()
 
-    def _write_and_commit(self, staged: Flat, facts: Facts, before_commit: Callable[[], None] | None) -> None:
+    def _write_and_commit(self, content: StateFiles, facts: Facts, rows: Rows | None) -> None:
         started = time.monotonic()
-        retained = Kept(facts.name, facts.position, facts.epoch_complete, facts.value)
+        retained = facts.kept
         hooks = Hooks(
             check=self.lock.check,
-            before_manifest=before_commit or (lambda: None),
+            before_manifest=rows.sync if rows is not None else (lambda: None),
             manifest=partial(self._manifest, facts),
             note=self.note,
         )
         try:
-            num_bytes = self._committer.commit(staged, retained, hooks)
+            manifest = self._committer.commit(content, retained, hooks)
         except RunHeldError:
             raise
         except OSError as error:
             raise self._write_error(facts.name, error) from error
-        if num_bytes is None:
+        if manifest is None:
             return
-        seconds = round(time.monotonic() - started, 6)
-        self.note("committed", snapshot=facts.name, step=facts.position.step, bytes=num_bytes, seconds=seconds)
-        self.lock.note_step(facts.position.step)
+        self._worked.unchanged.committed(self.store.path(facts.name), manifest.files)
+        self._note_committed(facts, manifest.total_bytes, time.monotonic() - started)
         self._committer.retire(retained, self.note)
+
+    def _note_committed(self, facts: Facts, num_bytes: int, seconds: float) -> None:
+        self.note(
+            "committed",
+            snapshot=facts.name,
+            step=facts.position.step,
+            bytes=num_bytes,
+            seconds=round(seconds, 6),
+        )
+        now = time.monotonic()
+        if now - self._step_noted_at >= _NOTE_STEP_SECONDS:
+            self._step_noted_at = now
+            self.lock.note_step(facts.position.step)
 
     def _write_error(self, name: str, error: OSError) -> SnapshotWriteError:
         last = self.latest
@@ -394,26 +473,29 @@ class StateManager:
             hint="free space or repair the disk, then start the same command again",
         )
 
-    def _manifest(self, facts: Facts, entries: Mapping[str, Any]) -> Manifest:
+    def _manifest(self, facts: Facts, entries: Mapping[str, FileEntry]) -> Manifest:
+        return Manifest.model_validate({**self._manifest_fields(facts), "files": dict(entries)})
+
+    def _manifest_fields(self, facts: Facts) -> dict[str, Any]:
+        """All fields of the manifest but `files`, as plain values."""
         best, parent = facts.best, self._committer.newest
-        return Manifest(
-            run_id=self.run_id,
-            generation=self.lock.generation,
-            name=facts.name,
-            position=PositionFields(**asdict(facts.position)),
-            epoch_complete=facts.epoch_complete,
-            parent=parent.name if parent else None,
-            parent_digest=parent.own_digest if parent else None,
-            created=_now(),
-            files=dict(entries),
-            journal=None if facts.journal is None else JournalMark(**asdict(facts.journal)),
-            outcome=facts.outcome,
-            best=None if best is None else Best(**asdict(best)),
-            metrics=dict(facts.metrics),  # type: ignore[arg-type] # the model refuses other words
-            settings=dict(facts.settings),
-            depends_on=dict(facts.depends_on),
-            saved_by=dict(facts.saved_by),
-        )
+        return {
+            "run_id": self.run_id,
+            "generation": self.lock.generation,
+            "name": facts.name,
+            "position": vars(facts.position),
+            "epoch_complete": facts.epoch_complete,
+            "parent": parent.name if parent else None,
+            "parent_digest": parent.own_digest if parent else None,
+            "created": _now(),
+            "journal": None if facts.journal is None else vars(facts.journal),
+            "outcome": facts.outcome,
+            "best": None if best is None else vars(best),
+            "metrics": dict(facts.metrics),
+            "settings": dict(facts.settings),
+            "depends_on": dict(facts.depends_on),
+            "saved_by": dict(facts.saved_by),
+        }
 
     # -- restoring --------------------------------------------------------------------------------
 
@@ -428,31 +510,42 @@ class StateManager:
             A report; `report.snapshot` is None if the run has no snapshots yet.
 
         Raises:
-            NoValidSnapshotError: There are snapshots and none is valid.
+            NoValidSnapshotError: There are snapshots and none is valid. Nothing was touched, unless there are several
+                and the newest was found to be damaged only when its tensors had been read: the parts must not be
+                used then, and `snapshot` refuses to save them.
             NotFoundError: The snapshot asked for is not there.
             StateMismatchError: What was saved does not fit the parts; nothing was touched.
         """
-        found = self.find(which)
+        found = self.find(which, reading_next=True)
         if found.manifest is None:
             return found
-        report = self.apply(found)
+        report = self.apply_or_fall_back(found)
         self.set_aside(report.set_aside, reason=f"going back to {report.snapshot}")
         return report
 
-    def find(self, which: str = "latest") -> RestoreReport:
-        """Choose and verify a snapshot, quarantine damaged ones, and restore nothing yet."""
+    def find(self, which: str = "latest", *, reading_next: bool = False) -> RestoreReport:
+        """Choose and verify a snapshot, quarantine damaged ones, and restore nothing yet.
+
+        Args:
+            which: See `restore`.
+            reading_next: Where there is an older one to fall back to, leave the tensors of the newest to be checked
+                while they are read: `apply_or_fall_back` is called next.
+        """
         self.wait()
         _ = self.lock
         with usable(self.directory):
-            return self._find(which)
+            return self._find(which, reading_next=reading_next)
 
-    def _find(self, which: str) -> RestoreReport:
+    def _find(self, which: str, *, reading_next: bool) -> RestoreReport:
         quarantined: dict[str, str] = {}
-        if which == "latest":
+        unread = self.store.newest_to_read() if reading_next and which == "latest" else None
+        newer: list[str] = []
+        if unread is not None:
+            manifest: Manifest | None = unread
+        elif which == "latest":
             manifest = self.store.newest_valid(on_damage=lambda name, e: quarantined.update({name: e.message}))
             for name, reason in quarantined.items():
                 self.quarantine(name, reason)
-            newer: list[str] = []
         else:
             if not self.store.names():
                 raise NotFoundError(
@@ -463,9 +556,11 @@ class StateManager:
             name = self.store.select(which)
             manifest = self.store.verify(name)
             newer = [other for other in self.store.names() if _order(other) > _order(name)]
-        self._committer.continue_from(manifest)
+        self._committer.continue_from(Newest.of(manifest))
         if manifest is None:
+            self._worked.unchanged.start_from(None, {})
             return RestoreReport()
+        self._worked.unchanged.start_from(self.store.path(manifest.name), manifest.files)
         if self.run_id and manifest.run_id and manifest.run_id != self.run_id:
             raise StateMismatchError(
                 f"snapshot {manifest.name} in {self.directory} belongs to run {manifest.run_id}, not {self.run_id}",
@@ -473,7 +568,13 @@ class StateManager:
                 found=manifest.run_id,
                 expected=self.run_id,
             )
-        return RestoreReport(snapshot=manifest.name, manifest=manifest, quarantined=quarantined, set_aside=tuple(newer))
+        return RestoreReport(
+            snapshot=manifest.name,
+            manifest=manifest,
+            quarantined=quarantined,
+            set_aside=tuple(newer),
+            is_verified=unread is None,
+        )
 
     def quarantine(self, name: str, reason: str) -> None:
         """Move a damaged snapshot aside, with the reason; nothing is deleted."""
@@ -488,6 +589,18 @@ class StateManager:
             self.note("set_aside", snapshots=list(names), to=str(target), reason=reason)
             self._committer.continue_from(self._committer.newest)
 
+    def apply_or_fall_back(self, found: RestoreReport) -> RestoreReport:
+        """`apply` what was found; if it turns out to be damaged while it is read, the newest valid one instead.
+
+        All that the damaged one has left in the parts is written over: every part is restored whole.
+        """
+        try:
+            return self.apply(found)
+        except DamagedSnapshotError:
+            if found.is_verified:
+                raise
+        return self.apply(self.find())
+
     def apply(self, found: RestoreReport, *, strictly: bool = True) -> RestoreReport:
         """Put the chosen snapshot into the parts, and the global generators last.
 
@@ -499,16 +612,15 @@ class StateManager:
             The report with the other sections that were saved, and notes for a person.
         """
         assert found.manifest is not None
-        sections = Reader(self.store.path(found.manifest.name), found.manifest).sections()
-        own = {name: sections.pop(name) for name in list(sections) if name in self.state}
-        if strictly:
-            unknown = [name for name in sections if name not in RESERVED_NAMES]
-            self._check_fit(found.manifest.name, own, unknown)
-        notes = []
-        for name, part in self.state.items():
-            restore_part(name, part, own[name])
-            if strictly:
-                notes += self._check_faithful(name, part, own[name])
+        name = found.manifest.name
+        with (
+            filling.without_collections(),
+            OpenSnapshot(self.store.path(name), found.manifest, is_verified=found.is_verified) as snapshot,
+        ):
+            with usable(self.directory):
+                fillings, sections = self._read(snapshot, name, strictly=strictly)
+            own = {part: sections.pop(part) for part in list(sections) if part in self.state}
+            notes = self._restore_parts(snapshot, fillings, own, strictly=strictly)
         try:
             notes += self._apply_own(sections)
         except BAD_VALUES as error:
@@ -517,15 +629,66 @@ class StateManager:
                 f" version does not write: {error}",
                 path=self.store.path(found.manifest.name),
             ) from error
-        return RestoreReport(
-            snapshot=found.snapshot,
-            manifest=found.manifest,
+        self._is_half_restored = False
+        return replace(
+            found,
             sections=sections,
-            quarantined=found.quarantined,
-            set_aside=found.set_aside,
+            is_verified=True,
             absent=tuple(name for name in ("generators", "gradients", "modes") if name not in sections),
             notes=tuple(notes),
         )
+
+    def _read(
+        self, snapshot: OpenSnapshot, name: str, *, strictly: bool
+    ) -> tuple[dict[str, filling.Filling], dict[str, Any]]:
+        """Which parts are to be filled, and all else that was saved; nothing is touched.
+
+        Raises:
+            StateMismatchError: The parts are compared, and do not fit.
+        """
+        parts = [part for part in self.state if part in snapshot.names]
+        outlined = [part for part in parts if filling.can_plan(self.state[part])]
+        trees = snapshot.outlines(outlined, filling.Stored)
+        plans = {part: filling.plan(part, self.state[part], tree) for part, tree in trees.items()}
+        fitting = {part: plan for part, plan in plans.items() if plan is not None}
+        if strictly:
+            self._check_fit(snapshot, name, {part: trees.get(part) for part in parts}, fitting=fitting)
+        fillings = filling.without_overlaps(
+            {part: plan for part, plan in fitting.items() if snapshot.fills(part, plan.targets)}
+        )
+        snapshot.check(but=fillings)
+        sections, shared = snapshot.sections(but=fillings)
+        if any(fillings[part].keeps_targets for part in shared):  # two parts are to hold the very same tensor again
+            fillings = {}
+            snapshot.check()
+            sections, _ = snapshot.sections()
+        return fillings, sections
+
+    def _restore_parts(
+        self,
+        snapshot: OpenSnapshot,
+        fillings: Mapping[str, filling.Filling],
+        own: Mapping[str, Any],
+        *,
+        strictly: bool,
+    ) -> list[str]:
+        """Put the saved state into each part in turn; notes for a person."""
+        notes = []
+        for name, part in self.state.items():
+            if name in fillings:
+                self._is_half_restored = True
+                with usable(self.directory):
+                    snapshot.fill(name, fillings[name].targets)
+                self._is_half_restored = False
+                wrong = fillings[name].filled()
+            else:
+                restore_part(name, part, own[name])
+                wrong = unfaithful(name, part, own[name]) if strictly else []
+            if wrong and strictly:
+                notes.append(
+                    f"part {name!r} does not give back what was put in, so it may not resume exactly: {wrong[0]}"
+                )
+        return notes
 
     def _apply_own(self, sections: Mapping[str, Any]) -> list[str]:
         """Put back what is saved beside the parts; notes for a person."""
@@ -537,29 +700,29 @@ class StateManager:
         # Invariant: generators come last, so that nothing above can draw from what was restored.
         return generators.restore_global(sections["generators"]) if "generators" in sections else []
 
-    def _check_fit(self, snapshot: str, own: Mapping[str, object], unknown: Sequence[str]) -> None:
-        """Every mismatch in one error, before anything is touched."""
-        lines = [f"part {name!r} is not in the snapshot" for name in self.state if name not in own]
-        lines += [f"part {name!r} is in the snapshot, the script hands over none" for name in unknown]
-        for name, part in self.state.items():
-            if name in own:
-                lines += mismatches(name, part, own[name])
+    def _check_fit(
+        self,
+        snapshot: OpenSnapshot,
+        name: str,
+        saved: Mapping[str, object],
+        *,
+        fitting: Collection[str],
+    ) -> None:
+        """Every mismatch in one error, before anything is touched; `fitting` are parts that are known to fit."""
+        unknown = [other for other in snapshot.names if other not in self.state and other not in RESERVED_NAMES]
+        lines = [f"part {part!r} is not in the snapshot" for part in self.state if part not in saved]
+        lines += [f"part {other!r} is in the snapshot, the script hands over none" for other in unknown]
+        for part in self.state:
+            if part in saved and part not in fitting:
+                lines += mismatches(part, self.state[part], saved[part])
         if lines:
+            snapshot.check()  # what is damaged may be taken for what does not fit
             raise StateMismatchError(
-                f"snapshot {snapshot} in {self.directory} does not fit the script:\n  " + "\n  ".join(lines) + "\n",
+                f"snapshot {name} in {self.directory} does not fit the script:\n  " + "\n  ".join(lines) + "\n",
                 path=self.directory,
                 found=lines,
                 hint="restore the script's old model, or start a new line with: resumable-trainer run --fresh ...",
             )
-
-    def _check_faithful(self, name: str, part: object, saved: object) -> list[str]:
-        """What the part does not hold now although it was put in."""
-        wrong = unfaithful(name, part, saved)
-        return (
-            [f"part {name!r} does not give back what was put in, so it may not resume exactly: {wrong[0]}"]
-            if wrong
-            else []
-        )
 
 
 @contextlib.contextmanager
@@ -579,6 +742,16 @@ def usable(directory: Path) -> Iterator[None]:
             path=directory,
             hint="make it readable and writable, or repair its disk; then start the same command again",
         ) from error
+
+
+def _tree_of(part: object) -> object:
+    tensors = live_tensors(part) if isinstance(part, nn.Module) else None
+    return capture_part(part) if tensors is None else Plain(tensors)
+
+
+def _num_bytes(tree: Mapping[str, Any], keys: Sequence[str]) -> int:
+    tensors = [tree[key] for key in keys if isinstance(tree.get(key), torch.Tensor)]
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
 
 def _order(name: str) -> tuple[int, bool, int]:

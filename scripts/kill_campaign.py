@@ -2,8 +2,10 @@
 
 A parent that has imported torch once forks the victims; each round starts one training, kills it
 (SIGKILL; every third round SIGTERM or SIGINT, to the process or to its whole group) and starts it
-again, several times, and then lets it end. Its metric journal and its last snapshot must be those of
-the same training never killed. Prints counts; exits with 1 if anything differs.
+again, several times, and then lets it end. In every second round a scribe commits from the second
+snapshot on (`resumable_trainer.snapshot.scribe`), whose life hangs on the victim's. Its metric journal
+and its last snapshot must be those of the same training never killed. Prints counts; exits with 1 if
+anything differs.
 """
 
 from __future__ import annotations
@@ -29,7 +31,10 @@ import jobs
 import torch
 import torch._dynamo
 
+from resumable_trainer.snapshot import dictation
+
 MAX_KILLS_PER_ROUND = 8
+_USUAL, _SCRIBE_AFTER = dictation._OFTEN, 2
 ENDED = {0, 75, 130, -signal.SIGKILL}
 
 
@@ -70,6 +75,7 @@ class Campaign:
     def round(self, job: str, number: int, whole: dict[str, bytes], seconds: float, *, fresh: bool = False) -> None:
         directory = self.root / f"{job}-{number}"
         gentle = number % 3 == 2
+        dictation._OFTEN = _SCRIBE_AFTER if number % 2 else _USUAL
         code = -signal.SIGKILL
         for attempt in range(MAX_KILLS_PER_ROUND + 1):
             pid = self.run(job, directory, fresh_interpreter=fresh)

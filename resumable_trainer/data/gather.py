@@ -96,6 +96,10 @@ class TensorSource(Stateless):
             batches = gathered(self._tensors, block, self._batch_size)
             yield from map(self._wrap, batches) if self._wrap else batches
 
+    def weight(self, batch: Any) -> int:
+        """Samples in a batch."""
+        return len(batch) if self._wrap else len(batch[0])
+
     def _order(self, epoch: int) -> torch.Tensor:
         if self._shuffle:
             return permutation(self._num_samples, seed=self._seed, epoch=epoch, salt=self._salt)
@@ -126,7 +130,9 @@ def content(tensors: Sequence[torch.Tensor]) -> dict[str, Any]:
     """Shapes, dtypes and a digest of up to 64 rows: enough to tell another data set, cheap for any size."""
     digest = Digest()
     count = len(tensors[0])
-    rows = torch.from_numpy(np.unique(np.linspace(0, count - 1, min(count, _DIGEST_ROWS)).astype(np.int64)))
+    # Rising already, so that this drops repetitions (np.unique would import masked arrays, which takes longer).
+    places = dict.fromkeys(np.linspace(0, count - 1, min(count, _DIGEST_ROWS)).astype(np.int64).tolist())
+    rows = torch.tensor(list(places), dtype=torch.int64, device="cpu")
     for tensor in tensors:
         ((picked,),) = gathered([tensor.detach()], rows, len(rows))
         digest.update(picked.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)

@@ -18,7 +18,7 @@ import errno
 import os
 import secrets
 import sys
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING, Any, Self, cast
 
 from resumable_trainer.durable.digest import Digest, FileDigest
 
@@ -33,6 +33,11 @@ TEMPORARY_PREFIX = ".tmp-"
 TRASH_PREFIX = ".trash-"
 _AT_FDCWD = -100
 _RENAME_NOREPLACE = 1
+_SYNC_FILE_RANGE_WRITE = 2
+_LOST_BYTES = (errno.EIO, errno.ENOSPC, errno.EDQUOT)
+# Hashed, written and handed on to the disk in pieces of this size. Waiting for the final sync to begin leaves the disk
+# idle while pages are filled: 0.3 GB took 124 ms so, 73 ms in pieces of 4 MiB, 81 ms of 16 MiB (ext4, NVMe).
+_PIECE_BYTES = 4 << 20
 
 
 class Files:
@@ -55,6 +60,17 @@ class Files:
     def write(self, fd: int, data: Buffer) -> int:
         """Write some of `data`; how many bytes were taken (may be short)."""
         return os.write(fd, data)
+
+    def start_writeback(self, fd: int, offset: int, num_bytes: int) -> None:
+        """Let the disk begin with a range that was written; a hint, and nothing where the system has no such call.
+
+        It makes nothing durable: `sync` still must, and reports what is lost until then.
+        """
+        if _SYNC_FILE_RANGE is None or _SYNC_FILE_RANGE(fd, offset, num_bytes, _SYNC_FILE_RANGE_WRITE) == 0:
+            return
+        number = ctypes.get_errno()
+        if number in _LOST_BYTES:  # anything else says that the file system has no such call
+            raise OSError(number, os.strerror(number))
 
     def sync(self, fd: int) -> None:
         """Make a file's content durable. Never called again on a file whose sync failed.
@@ -95,6 +111,10 @@ class Files:
         """Give a name, taking it from whatever had it."""
         os.replace(source, target)
 
+    def link(self, source: Path, target: Path) -> None:
+        """Give a file one more name, which must be free; its content is as durable as before, its new name is not."""
+        os.link(source, target)
+
     def sync_directory(self, path: Path) -> None:
         """Make a directory's entries durable."""
         fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
@@ -126,17 +146,27 @@ def _rename_noreplace(source: Path, target: Path) -> bool:
 
 
 def _find_renameat2() -> Callable[..., int] | None:
+    return _find("renameat2", ctypes.c_int, ctypes.c_char_p, ctypes.c_int, ctypes.c_char_p, ctypes.c_uint)
+
+
+def _find_sync_file_range() -> Callable[..., int] | None:
+    return _find("sync_file_range", ctypes.c_int, ctypes.c_int64, ctypes.c_int64, ctypes.c_uint)
+
+
+def _find(name: str, *arguments: type[Any]) -> Callable[..., int] | None:
+    """A call of Linux that Python does not offer; None where there is none."""
     if not sys.platform.startswith("linux"):
         return None
     try:
-        found = ctypes.CDLL(None, use_errno=True).renameat2
+        found = getattr(ctypes.CDLL(None, use_errno=True), name)
     except (OSError, AttributeError):
         return None
-    found.argtypes = [ctypes.c_int, ctypes.c_char_p, ctypes.c_int, ctypes.c_char_p, ctypes.c_uint]
-    return found
+    found.argtypes = arguments
+    return cast("Callable[..., int]", found)
 
 
 _RENAMEAT2 = _find_renameat2()
+_SYNC_FILE_RANGE = _find_sync_file_range()
 
 
 class NewFile:
@@ -166,10 +196,18 @@ class NewFile:
         if not view.nbytes:  # an empty array; `cast` refuses a zero in the shape
             return
         view = view.cast("B")
-        self._digest.update(view)
-        while view.nbytes:
-            written = self._files.write(self._fd, view)
-            view = view[written:]
+        for start in range(0, view.nbytes, _PIECE_BYTES):
+            self._write_piece(view[start : start + _PIECE_BYTES])
+
+    def _write_piece(self, piece: memoryview) -> None:
+        begin = self._digest.num_bytes
+        self._digest.update(piece)
+        left = piece
+        while left.nbytes:
+            written = self._files.write(self._fd, left)
+            left = left[written:]
+        if piece.nbytes == _PIECE_BYTES:
+            self._files.start_writeback(self._fd, begin, piece.nbytes)
 
     @property
     def digest(self) -> FileDigest:

@@ -6,7 +6,8 @@ cut when the journal is opened. `rewind` cuts it back to a mark that a snapshot 
 that the bytes before it are the ones it counted.
 
 Cost: appending is encoding the row; the digest runs along, so a mark costs nothing however long the
-journal is. Opening reads the file once.
+journal is. What was there before is read once: by `rewind`, which only hashes it (10 ms for a million rows), or
+before the first row is written.
 
 JSON knows no NaN and no infinities: such floats are written as the strings "NaN", "Infinity" and
 "-Infinity".
@@ -32,7 +33,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
     from pathlib import Path
 
-_CHUNK_BYTES = 1 << 20
+_CHUNK_BYTES = 1 << 19
 _BUFFER_BYTES = 1 << 16
 _encode = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"), allow_nan=False).encode
 _escape = json.JSONEncoder(ensure_ascii=True, separators=(",", ":"), allow_nan=False).encode
@@ -71,12 +72,15 @@ class Journal:
         # Taken before `_lock`, and held during the sync alone: rows go on being appended meanwhile.
         self._sync_lock = threading.Lock()
         self._buffer: list[bytes] = []
-        self._buffered_bytes = 0
+        self._buffered_bytes = self._buffered_rows = 0
         self._unwritten = b""  # counted in digest and rows, not handed to the operating system yet
+        self._num_bytes = 0  # of the file as it was opened; counts until `_digest` does
+        self._is_counted = False  # digest and rows know of what the file held when it was opened
         self._digest = Digest()
         self._rows = 0
         self._is_torn = False  # a write began and is not known to have ended
         self._is_lost = False  # a sync failed: what the file holds on disk is unknown
+        self._was_replaced = False
         self._error: OSError | None = None
 
     @classmethod
@@ -85,7 +89,7 @@ class Journal:
         files = files if files is not None else Files()
         journal = cls(path, files.open_append(path), files)
         try:
-            journal._take_in(limit=None)
+            journal._cut_torn_line(os.fstat(journal._fd).st_size)
             # Also if it was there: whoever made it may have been killed before its name was durable.
             files.sync_directory(path.parent)
         except BaseException:
@@ -95,10 +99,19 @@ class Journal:
 
     def append(self, row: Mapping[str, Any]) -> None:
         """Add a row; buffered until `flush`, `mark` or `sync`, or until the buffer is full."""
-        line = _encode_row(row)
+        self.append_lines(encode_row(row), 1)
+
+    def append_lines(self, lines: bytes, rows: int) -> None:
+        """Add rows that are encoded already, as `encode_row` does it.
+
+        Args:
+            lines: Full lines.
+            rows: How many.
+        """
         with self._lock:
-            self._buffer.append(line)
-            self._buffered_bytes += len(line)
+            self._buffer.append(lines)
+            self._buffered_rows += rows
+            self._buffered_bytes += len(lines)
             if self._buffered_bytes >= _BUFFER_BYTES:
                 self._hand_over()
 
@@ -110,9 +123,21 @@ class Journal:
     def mark(self) -> Mark:
         """Where the journal stands now, buffered rows included."""
         with self._lock:
+            self._count()
             self._hand_over()
             so_far = self._digest.value()
             return Mark(so_far.num_bytes, so_far.digest, self._rows)
+
+    @property
+    def whole_file(self) -> Path | None:
+        """The file, if the operating system has every row of it: then whoever syncs it makes them durable.
+
+        None if rows are buffered or were refused, or if some may be lost: then only `sync` knows what to do. None for
+        good once the file was replaced: others may have the old one open.
+        """
+        with self._lock:
+            is_whole = not (self._buffer or self._unwritten or self._is_torn or self._is_lost or self._was_replaced)
+            return self._path if is_whole else None
 
     def sync(self) -> None:
         """Make every row appended so far durable.
@@ -124,6 +149,7 @@ class Journal:
         # the failing one would report success for them.
         with self._sync_lock:
             with self._lock:
+                self._count()  # before what is in memory alone may be lost
                 self._hand_over()
                 if self._is_lost:
                     self._renew()
@@ -143,13 +169,20 @@ class Journal:
             self._hand_over()
             if self._error is not None:
                 raise self._failure(self._error)
-            if self._digest.num_bytes < mark.num_bytes:
+            num_bytes = self._digest.num_bytes if self._is_counted else self._num_bytes
+            if num_bytes < mark.num_bytes:
                 return False
-            if self._digest_of(mark.num_bytes) != FileDigest(mark.num_bytes, mark.digest):
+            digest = self._digest_of(mark.num_bytes)
+            if digest.value() != FileDigest(mark.num_bytes, mark.digest):
                 return False
-            if self._digest.num_bytes > mark.num_bytes:
+            if num_bytes > mark.num_bytes:
                 self._cut(mark.num_bytes)
-            self._take_in(limit=mark.num_bytes)
+            # The very bytes that the mark counts: the digest goes on from here, and their rows are counted already.
+            self._digest, self._rows, self._is_counted = digest, mark.rows, True
+            if not self._is_plausible(mark):
+                self._cut_torn_line(mark.num_bytes)
+                self._is_counted = False
+                self._count()
             return True
 
     def close(self) -> None:
@@ -171,11 +204,12 @@ class Journal:
         What it does not take is kept; the error is remembered for `sync`.
         """
         if self._buffer:
+            self._count()
             self._unwritten += (rows := b"".join(self._buffer))
             self._digest.update(rows)
-            self._rows += len(self._buffer)
+            self._rows += self._buffered_rows
             self._buffer.clear()
-            self._buffered_bytes = 0
+            self._buffered_bytes = self._buffered_rows = 0
         if not self._unwritten or self._is_lost:
             return
         try:
@@ -216,6 +250,7 @@ class Journal:
                 raise OSError(errno.EIO, "rows that were written before are lost", str(self._path))
             # Crash here: the old file stands, good up to the last mark that a snapshot holds; the new one is swept.
             self._files.replace(temporary, self._path)
+            self._was_replaced = True
             old, self._fd = self._fd, self._files.open_append(self._path)
             self._unwritten, self._is_torn, self._error = b"", False, None
             with contextlib.suppress(OSError):  # nothing in it is needed any more
@@ -244,25 +279,35 @@ class Journal:
         failure.errno = error.errno
         return failure
 
-    def _digest_of(self, num_bytes: int) -> FileDigest:
+    def _digest_of(self, num_bytes: int) -> Digest:
         digest = Digest()
         for chunk in _chunks(self._fd, num_bytes):
             digest.update(chunk)
-        return digest.value()
+        return digest
 
-    def _take_in(self, limit: int | None) -> None:
-        """Read the file once: running digest and number of rows, up to its last full line."""
-        size = os.fstat(self._fd).st_size if limit is None else limit
-        full = _length_of_full_lines(self._fd, size)
-        if full < size:
-            self._files.truncate(self._fd, full)
-        self._digest, self._rows = Digest(), 0
-        for chunk in _chunks(self._fd, full):
-            self._digest.update(chunk)
-            self._rows += chunk.count(b"\n")
+    def _is_plausible(self, mark: Mark) -> bool:
+        """Whether a mark could be one that `mark` gave: at the end of a line, with no more rows than bytes."""
+        if not mark.num_bytes:
+            return not mark.rows
+        return mark.rows <= mark.num_bytes and os.pread(self._fd, 1, mark.num_bytes - 1) == b"\n"
+
+    def _cut_torn_line(self, size: int) -> None:
+        self._num_bytes = _length_of_full_lines(self._fd, size)
+        if self._num_bytes < size:
+            self._files.truncate(self._fd, self._num_bytes)
+
+    def _count(self) -> None:
+        """Read the file as it was opened, if nothing has yet: running digest and number of rows."""
+        if not self._is_counted:
+            digest, rows = Digest(), 0
+            for chunk in _chunks(self._fd, self._num_bytes):
+                digest.update(chunk)
+                rows += chunk.count(b"\n")
+            self._digest, self._rows, self._is_counted = digest, rows, True
 
 
-def _encode_row(row: Mapping[str, Any]) -> bytes:
+def encode_row(row: Mapping[str, Any]) -> bytes:
+    """One line of a journal, its end included."""
     try:
         text = _encode(row)
     except ValueError:
@@ -290,14 +335,18 @@ def _without_special_floats(value: object) -> object:
     return value
 
 
-def _chunks(fd: int, num_bytes: int) -> Iterator[bytes]:
+def _chunks(fd: int, num_bytes: int) -> Iterator[bytearray]:
+    """The file's first bytes in pieces; each is good until the next is asked for."""
+    buffer = bytearray(min(_CHUNK_BYTES, num_bytes))
     offset = 0
     while offset < num_bytes:
-        chunk = os.pread(fd, min(_CHUNK_BYTES, num_bytes - offset), offset)
-        if not chunk:
+        if num_bytes - offset < len(buffer):
+            buffer = bytearray(num_bytes - offset)
+        count = os.preadv(fd, [buffer], offset)
+        if not count:
             return
-        yield chunk
-        offset += len(chunk)
+        yield buffer if count == len(buffer) else buffer[:count]
+        offset += count
 
 
 def _length_of_full_lines(fd: int, size: int) -> int:

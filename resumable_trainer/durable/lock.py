@@ -171,19 +171,14 @@ class RunLock:
         Raises:
             RunHeldError: The lock file was removed or replaced, or a later launch has taken the run.
         """
-        generation = self.generation
-        try:
-            is_same = os.path.samestat(os.stat(self._path), os.fstat(self._fd))
-        except FileNotFoundError:
-            raise self._lost("its lock file is gone") from None
-        if not is_same:
-            raise self._lost("its lock file was replaced")
         with self._record_lock:
-            owner = read_owner(self._path)
-        if owner is None:
-            raise self._lost("the record in its lock file was damaged")
-        if owner.generation != generation:
-            raise self._lost(f"it was superseded by generation {owner.generation}")
+            check_still_ours(self._path, self.identity, self.generation)
+
+    @property
+    def identity(self) -> tuple[int, int]:
+        """Device and inode of the lock file that is held."""
+        found = os.fstat(self._fd)
+        return found.st_dev, found.st_ino
 
     def release(self) -> None:
         """Let go in good order; a second call does nothing."""
@@ -266,20 +261,45 @@ class RunLock:
             hint="wait for it, or stop it with: resumable-trainer stop " + str(self._path.parent),
         )
 
-    def _lost(self, reason: str) -> RunHeldError:
-        return RunHeldError(
-            f"run {self._path.parent} is no longer ours: {reason}",
-            path=self._path,
-            found=reason,
-            expected=f"generation {self.generation}",
-            hint="nothing was published; look who else uses this run directory",
-        )
-
     def _close_in_child(self) -> None:
         """Close our inherited descriptor; filelock closes its own, and neither unlocks anything."""
         close_after_reading(self._fd)
         self._fd = -1
         self._owner = None
+
+
+def check_still_ours(path: Path, identity: tuple[int, int], generation: int) -> None:
+    """Make sure that the launch which took a lock may still publish.
+
+    Args:
+        path: The lock file.
+        identity: Device and inode that it had when it was taken.
+        generation: Of that launch.
+
+    Raises:
+        RunHeldError: The lock file was removed or replaced, or a later launch has taken the run.
+    """
+    try:
+        found = os.stat(path)
+    except FileNotFoundError:
+        raise _lost(path, "its lock file is gone", generation) from None
+    if (found.st_dev, found.st_ino) != identity:
+        raise _lost(path, "its lock file was replaced", generation)
+    owner = read_owner(path)
+    if owner is None:
+        raise _lost(path, "the record in its lock file was damaged", generation)
+    if owner.generation != generation:
+        raise _lost(path, f"it was superseded by generation {owner.generation}", generation)
+
+
+def _lost(path: Path, reason: str, generation: int) -> RunHeldError:
+    return RunHeldError(
+        f"run {path.parent} is no longer ours: {reason}",
+        path=path,
+        found=reason,
+        expected=f"generation {generation}",
+        hint="nothing was published; look who else uses this run directory",
+    )
 
 
 @contextlib.contextmanager

@@ -8,9 +8,8 @@ from __future__ import annotations
 
 import sys
 import time
+from functools import partial
 from typing import TYPE_CHECKING, Any
-
-from tqdm import tqdm
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -34,6 +33,7 @@ class Progress:
         self._total_epochs = 0
         self._drawn = self._said = clock()
         self._uncounted = 0
+        self._make_batches: Callable[[], Any] | None = None  # the bar of the epoch under way, until it is needed
 
     @classmethod
     def for_choice(cls, progress: bool | None) -> Progress:
@@ -48,7 +48,7 @@ class Progress:
             return
         for line in lines:
             if self._style == "bar":
-                tqdm.write(line, file=sys.stderr)
+                _bars().write(line, file=sys.stderr)
             else:
                 print(line, file=sys.stderr, flush=True)  # noqa: T201 - this is the program's screen
 
@@ -56,13 +56,14 @@ class Progress:
         """The loop over epochs begins, `done` of `total` lie behind."""
         self._total_epochs = total
         if self._style == "bar":
-            self._epochs = tqdm(total=total, initial=done, desc="epochs", unit="epoch", file=sys.stderr, leave=True)
+            self._epochs = _bars()(total=total, initial=done, desc="epochs", unit="epoch", file=sys.stderr, leave=True)
 
     def begin_batches(self, epoch: int, total: int | None, done: int) -> None:
         """The loop over an epoch's batches begins, `done` of `total` lie behind."""
         self._uncounted = 0
         if self._style == "bar":
-            self._batches = tqdm(
+            self._make_batches = partial(
+                _bars(),
                 total=total,
                 initial=done,
                 desc=f"epoch {epoch + 1}/{self._total_epochs}",
@@ -70,6 +71,13 @@ class Progress:
                 file=sys.stderr,
                 leave=False,
             )
+            if self._clock() - self._drawn >= _REFRESH_SECONDS:
+                self._show_batches()  # else it may be over before anybody could read it
+
+    def _show_batches(self) -> None:
+        if self._make_batches is not None:
+            self._drawn = self._clock()
+            self._batches, self._make_batches = self._make_batches(), None
 
     def batch_done(self) -> bool:
         """Count a batch; True if it is time to refresh (then call `refresh`)."""
@@ -79,6 +87,7 @@ class Progress:
     def refresh(self, epoch: int, step: int, values: Mapping[str, float], extra: str) -> None:
         """Redraw the bar; or, without a terminal, say a line if the last one was 30 s ago."""
         self._drawn = self._clock()
+        self._show_batches()
         if self._batches is not None:
             self._batches.update(self._uncounted)
             self._batches.set_postfix_str(_joined(values, extra), refresh=False)
@@ -88,6 +97,7 @@ class Progress:
 
     def end_batches(self) -> None:
         """The batches of the epoch are over."""
+        self._make_batches = None
         if self._batches is not None:
             self._batches.update(self._uncounted)
             self._batches.close()
@@ -119,3 +129,10 @@ class Progress:
 def _joined(values: Mapping[str, float], extra: str) -> str:
     shown = " ".join(f"{name} {value:.4g}" for name, value in values.items())
     return " | ".join(part for part in (shown, extra) if part)
+
+
+def _bars() -> Any:
+    """Imported by who shows bars."""
+    from tqdm import tqdm
+
+    return tqdm

@@ -9,10 +9,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-import torch
-
 from resumable_trainer.durable.journal import Journal, Mark
 from resumable_trainer.errors import UsageError
+from resumable_trainer.loop.rows import StepRows
 from resumable_trainer.loop.scalars import PendingScalar, read_all, take
 from resumable_trainer.metrics.averages import RunningAverages
 from resumable_trainer.metrics.early_stopping import BestValue, EarlyStopping, StoppingCounters, better
@@ -44,7 +43,8 @@ class Record:
         self._files = files
         self._journal = Journal.open(path, files=files)
         self._settings = early_stopping
-        self._pending: list[tuple[Position, int, dict[str, PendingScalar]]] = []
+        self._pending: list[StepRows] = []  # each of rows with the same names
+        self._num_pending = 0
         self._epoch_values: dict[str, PendingScalar] = {}
         self._last_epoch_row: dict[str, float] = {}
         self.averages = RunningAverages()
@@ -58,10 +58,14 @@ class Record:
             raise UsageError(f"log: {names} is in every row already, log it under another name")
         return take(values)
 
-    def add_step(self, position: Position, weight: int, values: dict[str, PendingScalar]) -> None:
-        """A batch of `weight` samples is done; its row."""
-        self._pending.append((position, weight, values))
-        if len(self._pending) >= _MAX_PENDING_ROWS:
+    def add_step(self, step: int, epoch: int, batch: int, weight: int, values: dict[str, PendingScalar]) -> None:
+        """A batch of `weight` samples is done, at this position; its row."""
+        names = tuple(values)
+        if not self._pending or self._pending[-1].names != names:
+            self._pending.append(StepRows(names))
+        self._pending[-1].add((step, epoch, batch), weight, values)
+        self._num_pending += 1
+        if self._num_pending >= _MAX_PENDING_ROWS:
             self.flush()
 
     def add_epoch_values(self, values: Mapping[str, object]) -> None:
@@ -70,15 +74,18 @@ class Record:
 
     def flush(self) -> None:
         """Write the rows collected so far; reads device tensors, all together."""
-        read_all([values for _, _, values in self._pending])
-        for position, weight, values in self._pending:
-            self._journal.append(_row("step", position, values))
-            self.averages.add(values, weight)  # type: ignore[arg-type] # read_all leaves numbers only
+        for rows in self._pending:
+            rows.add_to(self.averages)
+            self._journal.append_lines(rows.lines(), len(rows))
+        self._forget_pending()
+
+    def _forget_pending(self) -> None:
         self._pending.clear()
+        self._num_pending = 0
 
     def flush_what_is_here(self) -> None:
         """Write the rows collected so far if none of them waits for a device."""
-        if not any(isinstance(value, torch.Tensor) for _, _, row in self._pending for value in row.values()):
+        if not any(rows.waits_for_device() for rows in self._pending):
             self.flush()
 
     def show_rows(self) -> None:
@@ -136,6 +143,11 @@ class Record:
         """Make the journal durable; called by the thread that writes snapshots."""
         self._journal.sync()
 
+    @property
+    def whole_file(self) -> Path | None:
+        """The journal's file, if syncing it is all that makes the marked rows durable."""
+        return self._journal.whole_file
+
     def history(self) -> History:
         """All rows so far."""
         self.show_rows()
@@ -177,7 +189,7 @@ class Record:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """The way back of `state_dict`; counters of another metric than the one watched now are dropped."""
-        self._pending.clear()
+        self._forget_pending()
         self.averages.load_state_dict(state["averages"])
         self._epoch_values = dict(state["epoch_values"])
         self._last_epoch_row = dict(state["last_epoch_row"])

@@ -48,6 +48,7 @@ if TYPE_CHECKING:
     from resumable_trainer.data.sources import Source
     from resumable_trainer.loop.probe import Place
     from resumable_trainer.metrics.early_stopping import EarlyStopping
+    from resumable_trainer.snapshot.manifest import Manifest
     from resumable_trainer.snapshot.tree import Flat
 
 _SHOW_ROWS_SECONDS = 1.0
@@ -128,6 +129,7 @@ class Run:
         # After a resume, until the loop has caught up:
         self._report: RestoreReport | None = None
         self._epoch_generators: Any = None
+        self._generators_now: Any = None  # as captured after an epoch, until code of the user's runs again
         self._shelf = Shelf(self._seed)
         self._facts: dict[str, Any] = {}
         self._saved_facts: Mapping[str, Any] = {}
@@ -166,9 +168,10 @@ class Run:
         self._manager.watch_gradients(self._watch)
         settings = {name: opening.json_values(scalar_settings(part)) for name, part in self._state.items()}
         self._settings = {name: found for name, found in settings.items() if found}
+        self._versions = identity.versions()
         self._facts = identity.current_facts(self._command, seed=self._seed, state=self._state)
         which = opening.begin_line(self._manager, self._record, self.directory)
-        report = self._manager.find(which)
+        report = self._manager.find(which, reading_next=True)
         lines = screen.swept(self._manager.swept) + screen.quarantined(report)
         lines += [f"warning {line}" for line in filesystem.warnings(self.directory)]
         if report.manifest is None:
@@ -181,9 +184,7 @@ class Run:
             self._resume(report)
         self._screen.say(screen.missing_schedulers(undriven_schedulers(self._state)))
         self._rows_shown_at = self._clock()
-        self._saver = Saver(
-            self._manager, self._policy, before_commit=self._record.sync, clock=self._clock, say=self._screen.say
-        )
+        self._saver = Saver(self._manager, self._policy, rows=self._record, clock=self._clock, say=self._screen.say)
         self._entered = True
         if self._probe is not None:
             self._probe.opened(self)
@@ -191,14 +192,13 @@ class Run:
     def _resume(self, found: RestoreReport) -> None:
         """Restore the chosen snapshot, and say what was found."""
         assert found.manifest is not None
-        manifest = found.manifest
-        self._saved_facts = {**identity.EAGER, **manifest.depends_on}
-        drift = identity.drift(
-            self._saved_facts, self._facts if self.says_how_it_steps else identity.EAGER | self._facts
-        )
-        drift += identity.settings_drift(manifest.settings, self._settings)
-        self._refuse_drift(drift)
-        applied = self._manager.apply(found)
+        drift = self._drift_since(found.manifest)
+        applied = self._manager.apply_or_fall_back(found)
+        assert applied.manifest is not None
+        manifest = applied.manifest
+        if manifest is not found.manifest:  # that one was damaged
+            self._screen.say(screen.quarantined(applied))
+            drift = self._drift_since(manifest)
         report = opening.with_loop(applied, self._record, self._seed)
         self._manager.set_aside(report.set_aside, reason=f"going back to {report.snapshot}")
         lines = opening.rewind(self._manager, self._record, manifest)
@@ -212,6 +212,15 @@ class Run:
         self._screen.say(screen.banner(self.directory, self._state, self._facts))
         lines = screen.begins_anew(applied, self._seed) + lines
         self._screen.say([*screen.resumed(report, self._record), *lines, *screen.drift(drift), *report.notes])
+
+    def _drift_since(self, manifest: Manifest) -> list[str]:
+        """What the run depends on and has changed since a snapshot; refused if `strict` is set."""
+        self._saved_facts = {**identity.EAGER, **manifest.depends_on}
+        facts = self._facts if self.says_how_it_steps else identity.EAGER | self._facts
+        drift = identity.drift(self._saved_facts, facts)
+        drift += identity.settings_drift(manifest.settings, self._settings)
+        self._refuse_drift(drift)
+        return drift
 
     def _refuse_drift(self, lines: list[str]) -> None:
         if lines and self._strict:
@@ -266,6 +275,7 @@ class Run:
             self._end_without_training(total)
             return
         self._screen.say(screen.remaining(self._cursor, total, self._early_stopping, self._record))
+        self._generators_now = None
         while not self._is_over(total):
             self._begin_epoch()
             try:
@@ -298,7 +308,8 @@ class Run:
         self._loop_number, self._loop, self._held = 0, None, None
         self._evaluates, self._has_evaluated = self._has_evaluated, False
         if self._report is None:
-            self._epoch_generators = generators.capture_global()
+            # Nothing has drawn since the snapshot after the last epoch, if there was one.
+            self._epoch_generators, self._generators_now = self._generators_now or generators.capture_global(), None
         elif self._cursor.loops:
             # Within an epoch: its body's beginning runs again, and must draw what it drew then.
             generators.restore_global(self._epoch_generators)
@@ -407,10 +418,21 @@ class Run:
             self._restore_again()
         self._screen.begin_batches(cursor.epoch, source.num_batches(), loop.done)
         self._boundary()
-        weigh, watch = source.weight, self._watch
+        yield from self._each(iterator, source.weight, loop, session)
+        self._end_batches(loop)
+        self._tell("batches")
+
+    def _each(
+        self, iterator: Iterator[Any], weigh: Callable[[Any], int], loop: BatchLoop, session: object
+    ) -> Iterator[Any]:
+        """The batches themselves: between two of them only what is needed, everything bound once."""
+        tell = None if self._probe is None else self._tell
+        batch_begins, cursor = self._watch.batch_begins, self._cursor
+        is_due = self._saver.is_due_after_batch if self._policy.looks_at_batches else None
         for batch in iterator:
-            self._tell("batch", batch)
-            watch.batch_begins()
+            if tell is not None:
+                tell("batch", batch)
+            batch_begins()
             self._values, self._weight = {}, weigh(batch)
             try:
                 yield batch
@@ -421,11 +443,10 @@ class Run:
             if self._loop is not loop:
                 self._refuse_ended(session)
             self._end_batch(loop)
-            if notices.pending or self._snapshot_due():
+            if notices.pending or self._snapshot_wanted or (is_due is not None and is_due(cursor.step)):
                 self._boundary()
-            self._tell("step")
-        self._end_batches(loop)
-        self._tell("batches")
+            if tell is not None:
+                tell("step")
 
     def _iterator(self, source: Source, loop: BatchLoop) -> Iterator[Any]:
         if loop.over:
@@ -451,11 +472,11 @@ class Run:
         )
 
     def _end_batch(self, loop: BatchLoop) -> None:
-        values = self._values
+        values, cursor = self._values, self._cursor
         if values:
-            self._record.add_step(self._cursor.position, self._weight, values)
+            self._record.add_step(cursor.step, cursor.epoch, cursor.batch, self._weight, values)
         self._values = None
-        self._cursor.count_batch(loop)
+        cursor.count_batch(loop)
         if self._screen.batch_done():
             self._show()
 
@@ -609,7 +630,9 @@ class Run:
         return self._capture(epoch_complete=not self._in_epoch)
 
     def _capture(self, *, epoch_complete: bool) -> Flat:
-        return self._manager.capture({"loop": self._loop_state(epoch_complete=epoch_complete)})
+        now = generators.capture_global()
+        self._generators_now = now if epoch_complete and self._probe is None else None
+        return self._manager.capture({"generators": now, "loop": self._loop_state(epoch_complete=epoch_complete)})
 
     def _loop_state(self, *, epoch_complete: bool) -> dict[str, Any]:
         return {
@@ -662,7 +685,7 @@ class Run:
             metrics=opening.json_values(self._record.last_epoch_values),
             settings=self._settings,
             depends_on=self._facts,
-            saved_by=identity.versions(),
+            saved_by=self._versions,
         )
 
     # -- data -------------------------------------------------------------------------------------

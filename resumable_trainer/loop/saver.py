@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from resumable_trainer.loop.triggers import SnapshotPolicy
-    from resumable_trainer.manager import Facts, StateManager
+    from resumable_trainer.manager import Facts, Rows, StateManager
     from resumable_trainer.snapshot.tree import Flat
 
 
@@ -26,7 +26,7 @@ class Saver:
     Args:
         manager: Writes and commits.
         policy: When to save, and whether in the background.
-        before_commit: Makes durable what a manifest speaks of (the metric journal).
+        rows: What manifests speak of (the metric journal).
         clock: Seconds, for `every_seconds`.
         say: Shows lines to a person.
     """
@@ -36,13 +36,13 @@ class Saver:
         manager: StateManager,
         policy: SnapshotPolicy,
         *,
-        before_commit: Callable[[], None],
+        rows: Rows,
         clock: Callable[[], float],
         say: Callable[[Sequence[str]], None],
     ) -> None:
         self._manager = manager
         self._policy = policy
-        self._before_commit = before_commit
+        self._rows = rows
         self._clock = clock
         self._say = say
         self._last_at = clock()
@@ -53,9 +53,7 @@ class Saver:
     def is_due_after_batch(self, step: int) -> bool:
         """Whether the policy wants a snapshot now that `step` batches of the run are finished."""
         policy = self._policy
-        if policy.every_steps is None and policy.every_seconds is None:
-            return False
-        return policy.due_after_batch(step, self._clock() - self._last_at)
+        return policy.looks_at_batches and policy.due_after_batch(step, self._clock() - self._last_at)
 
     def is_due_after_epoch(self, epochs: int) -> bool:
         """Whether the policy wants a snapshot now that `epochs` epochs are finished."""
@@ -120,7 +118,7 @@ class Saver:
         self.settle()
         self._owed = None  # a newer state takes its place
         self._last_at = self._clock()  # also if it fails: the next attempt is the next trigger's
-        self._manager.write(staged, facts, background=background, before_commit=self._before_commit)
+        self._manager.write(staged, facts, background=background, rows=self._rows)
         self._failed = None
         if not background:
             self._say_recovered()

@@ -26,13 +26,19 @@ def take(values: Mapping[str, object]) -> dict[str, PendingScalar]:
     Raises:
         UsageError: A value that is no float, int or tensor of one element.
     """
-    return {name: _take_one(name, value) for name, value in values.items()}
+    taken: dict[str, PendingScalar] = {}
+    for name, value in values.items():
+        kind = type(value)
+        # The usual ones first: every step comes by here.
+        if kind is torch.Tensor and value.is_cpu and not value.ndim:  # type: ignore[attr-defined]
+            value = value.item()  # type: ignore[attr-defined]
+            kind = type(value)
+        taken[name] = value if kind is float or kind is int else _take_one(name, value)  # type: ignore[assignment]
+    return taken
 
 
 def _take_one(name: str, value: object) -> PendingScalar:
     kind = type(value)
-    if kind is float or kind is int:
-        return value  # type: ignore[return-value] # exact types were just compared
     if isinstance(value, torch.Tensor):
         if value.numel() == 1 and not value.is_complex():
             if value.device.type == "cpu":
@@ -54,12 +60,20 @@ def _take_one(name: str, value: object) -> PendingScalar:
 
 def read_all(rows: Sequence[dict[str, PendingScalar]]) -> None:
     """Replace, in place, every device tensor in the rows by its number, with one read per dtype."""
-    waiting: dict[tuple[torch.device, torch.dtype], list[tuple[dict[str, PendingScalar], str]]] = {}
-    for row in rows:
-        for name, value in row.items():
-            if isinstance(value, torch.Tensor):
-                waiting.setdefault((value.device, value.dtype), []).append((row, name))
+    places = [(row, name) for row in rows for name in row]
+    numbers = read_list([row[name] for row, name in places])
+    for (row, name), number in zip(places, numbers, strict=True):
+        row[name] = number
+
+
+def read_list(values: list[PendingScalar]) -> list[Scalar]:
+    """The same list, every device tensor in it replaced by its number, with one read per device and dtype."""
+    waiting: dict[tuple[torch.device, torch.dtype], list[int]] = {}
+    for place, value in enumerate(values):
+        if isinstance(value, torch.Tensor):
+            waiting.setdefault((value.device, value.dtype), []).append(place)
     for places in waiting.values():
-        stacked = torch.stack([tensor for row, name in places if isinstance(tensor := row[name], torch.Tensor)])
-        for (row, name), number in zip(places, stacked.tolist(), strict=True):
-            row[name] = int(number) if isinstance(number, bool) else number
+        stacked = torch.stack([tensor for place in places if isinstance(tensor := values[place], torch.Tensor)])
+        for place, number in zip(places, stacked.tolist(), strict=True):
+            values[place] = int(number) if isinstance(number, bool) else number
+    return values  # type: ignore[return-value] # only numbers are left

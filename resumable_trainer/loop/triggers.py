@@ -55,6 +55,11 @@ class SnapshotPolicy:
         if problems:
             raise SettingsError(f"SnapshotPolicy: {'; '.join(problems)}", found=problems)
 
+    @property
+    def looks_at_batches(self) -> bool:
+        """Whether a snapshot may be due within an epoch."""
+        return self.every_steps is not None or self.every_seconds is not None
+
     def due_after_batch(self, step: int, seconds_since_last: float) -> bool:
         """Whether to save now that `step` batches of the run are finished."""
         if self.every_steps is not None and step % self.every_steps == 0:

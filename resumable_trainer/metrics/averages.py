@@ -10,7 +10,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
 
 
 class RunningAverages:
@@ -25,6 +25,14 @@ class RunningAverages:
         for name, value in values.items():
             self._sums[name] = self._sums.get(name, 0.0) + float(value) * weight
             self._weights[name] = self._weights.get(name, 0) + weight
+
+    def add_column(self, name: str, values: Sequence[float], weights: Sequence[int]) -> None:
+        """Add one metric's values of several batches, one after the other."""
+        total = self._sums.get(name, 0.0)
+        for value, weight in zip(values, weights, strict=True):
+            total += float(value) * weight
+        self._sums[name] = total
+        self._weights[name] = self._weights.get(name, 0) + sum(weights)
 
     def means(self) -> dict[str, float]:
         """The mean of each metric so far, in the order in which they first came."""

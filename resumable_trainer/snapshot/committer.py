@@ -14,22 +14,21 @@ import errno
 import os
 import secrets
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 from resumable_trainer.durable.files import remove_tree
 from resumable_trainer.durable.filesystem import room, shortage
 from resumable_trainer.errors import DamagedSnapshotError, RunHeldError, SnapshotGoneError
 from resumable_trainer.snapshot.retention import kept_of
-from resumable_trainer.snapshot.writer import encode_values, size, write_files
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Callable, Iterable, Mapping, Sequence
+    from pathlib import Path
 
     from resumable_trainer.durable.files import Files
     from resumable_trainer.snapshot.manifest import FileEntry, Manifest
     from resumable_trainer.snapshot.retention import Kept
     from resumable_trainer.snapshot.store import Store
-    from resumable_trainer.snapshot.tree import Flat
 
 _ATTEMPTS = 3
 _LASTING = frozenset(
@@ -44,6 +43,34 @@ _LASTING = frozenset(
         errno.ENOTDIR,
     )
 )
+
+
+class Content(Protocol):
+    """What a snapshot holds beside its manifest."""
+
+    def size(self) -> tuple[int, int]:
+        """Bytes that it takes, the manifest included, and how many new files and directories."""
+
+    def write(self, files: Files, directory: Path) -> dict[str, FileEntry]:
+        """Write and sync every file; what the manifest is to say of each."""
+
+
+@dataclass(frozen=True)
+class Newest:
+    """The newest durable snapshot.
+
+    Attributes:
+        name: Its name.
+        own_digest: Digest of its manifest.
+    """
+
+    name: str
+    own_digest: str
+
+    @classmethod
+    def of(cls, manifest: Manifest | None) -> Newest | None:
+        """The one that a manifest describes."""
+        return None if manifest is None else cls(manifest.name, manifest.own_digest)
 
 
 @dataclass(frozen=True)
@@ -73,26 +100,26 @@ class Committer:
     """
 
     def __init__(self, store: Store, *, files: Files, retain: Callable[[Sequence[Kept]], list[str]]) -> None:
-        self.newest: Manifest | None = None
+        self.newest: Newest | None = None
         self._store = store
         self._files = files
         self._retain = retain
         self._kept: list[Kept] | None = None
 
-    def continue_from(self, manifest: Manifest | None) -> None:
+    def continue_from(self, newest: Newest | None) -> None:
         """The newest durable snapshot from now on; what else there is, is looked up anew."""
-        self.newest, self._kept = manifest, None
+        self.newest, self._kept = newest, None
 
-    def commit(self, flat: Flat, facts: Kept, hooks: Hooks) -> int | None:
-        """Make a snapshot durable, then apply retention.
+    def commit(self, content: Content, facts: Kept, hooks: Hooks) -> Manifest | None:
+        """Make a snapshot durable; retention is applied by `retire`.
 
         Args:
-            flat: CPU tensors that nobody changes any more, and values.
+            content: All files but the manifest.
             facts: What retention will know of it.
             hooks: See there.
 
         Returns:
-            Bytes of all its files but the manifest; None if this very snapshot is the newest durable one already.
+            Its manifest; None if this very snapshot is the newest durable one already.
 
         Raises:
             OSError: It could not be made durable; what was durable before still is.
@@ -103,13 +130,12 @@ class Committer:
         if self._store.path(facts.name).exists():
             # Never taken for this state: it was found here and not continued from.
             self._store.set_aside([facts.name], "another state was saved at the same position")
-        values = encode_values(flat)
-        num_bytes, num_files = size(flat, values)
+        num_bytes, num_files = content.size()
         self._make_room(facts, hooks, num_bytes=num_bytes, num_files=num_files)
         attempt = 1
         while True:
             try:
-                self.newest = self._attempt(flat, values, facts.name, hooks)
+                manifest = self._attempt(content, facts.name, hooks)
             except RunHeldError:
                 raise
             except OSError as error:
@@ -119,12 +145,13 @@ class Committer:
                 attempt += 1
             else:
                 # Crash here: the snapshot is durable; only old ones that retention would delete are still there.
-                return self.newest.total_bytes
+                self.newest = Newest.of(manifest)
+                return manifest
 
-    def _attempt(self, flat: Flat, values: bytes, name: str, hooks: Hooks) -> Manifest:
+    def _attempt(self, content: Content, name: str, hooks: Hooks) -> Manifest:
         temporary = self._store.begin(name, token=secrets.token_hex(6))
         try:
-            entries = write_files(self._files, temporary, flat, values)
+            entries = content.write(self._files, temporary)
             # Invariant: rows are durable before the manifest whose mark counts them.
             hooks.before_manifest()
             manifest = self._store.write_manifest(temporary, hooks.manifest(entries))
@@ -148,7 +175,7 @@ class Committer:
             return
         hooks.check()
         self._store.sweep()
-        for name in self._doomed(facts):
+        for name in self.doomed(facts):
             if room(directory).holds(num_bytes=num_bytes, files=num_files):
                 return
             self._store.delete(name)
@@ -159,25 +186,29 @@ class Committer:
             missing = shortage(directory, found, num_bytes=num_bytes, files=num_files)
             raise OSError(errno.ENOSPC, f"{os.strerror(errno.ENOSPC)}: {missing}")
 
-    def _doomed(self, new: Kept) -> list[str]:
+    def doomed(self, new: Kept) -> list[str]:
         """What retention deletes once the new snapshot is there; never the newest durable one."""
         stays = {new.name, self.newest.name if self.newest is not None else new.name}
         return [name for name in self._retain(self._with(new)) if name not in stays]
 
     def retire(self, new: Kept, note: Callable[..., None]) -> None:
         """Apply retention; only now, when the new snapshot is durable. What cannot be deleted stays."""
+        delete_each(self._store, self.retiring(new, note), note)
+
+    def retiring(self, new: Kept, note: Callable[..., None]) -> list[str]:
+        """What retention deletes now that the new snapshot is durable; from here on it is gone for retention."""
         try:
-            doomed = self._doomed(new)
-            self._kept = self._with(new)
+            doomed = self.doomed(new)
+            self._kept = [snapshot for snapshot in self._with(new) if snapshot.name not in doomed]
         except OSError as error:
             note("not_deleted", reason=str(error))
-            return
-        for name in doomed:
-            try:
-                self._store.delete(name)
-            except OSError as error:  # an old one that stays is no reason to stop
-                note("not_deleted", snapshot=name, reason=str(error))
-            self._forget(name)
+            return []
+        return doomed
+
+    def took(self, new: Kept, own_digest: str, doomed: Sequence[str]) -> None:
+        """Somebody else has committed a snapshot, and deleted those that are doomed by it."""
+        self._kept = [snapshot for snapshot in self._with(new) if snapshot.name not in doomed]
+        self.newest = Newest(new.name, own_digest)
 
     def _with(self, new: Kept) -> list[Kept]:
         """All that there is once the new snapshot is; it may be found on disk already."""
@@ -197,3 +228,12 @@ class Committer:
                     continue  # stays where it is: retention deletes only what it can read
             self._kept = kept
         return self._kept
+
+
+def delete_each(store: Store, names: Iterable[str], note: Callable[..., None]) -> None:
+    """Delete snapshots; one that cannot be deleted is noted, and no reason to stop."""
+    for name in names:
+        try:
+            store.delete(name)
+        except OSError as error:
+            note("not_deleted", snapshot=name, reason=str(error))

@@ -25,7 +25,7 @@ from resumable_trainer.snapshot.new_run import new_run, now
 from resumable_trainer.snapshot.tensors import TensorFile
 from resumable_trainer.snapshot.torch_file import printable
 from resumable_trainer.snapshot.tree import flatten
-from resumable_trainer.snapshot.writer import encode_values, size, write_files
+from resumable_trainer.snapshot.writer import StateFiles
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -182,15 +182,15 @@ def import_run(
     """
     flat = flatten(recognised.parts)
     _check_size(flat, checkpoint.file)
-    values = encode_values(flat)
+    content = StateFiles(flat)
     run_id = secrets.token_hex(8)
     complete = position.batch == 0 and position.epoch > 0
     name = snapshot_name(position, epoch_complete=complete)
     origin = {"file": str(checkpoint.file.resolve()), "digest": checkpoint.digest, "parts": dict(recognised.keys)}
-    with new_run(directory, num_bytes=size(flat, values)[0], files=files) as new:
+    with new_run(directory, num_bytes=content.size()[0], files=files) as new:
         manifest = new.write_snapshot(
             name,
-            lambda target: write_files(new.files, target, flat, values),
+            lambda target: content.write(new.files, target),
             lambda entries: Manifest(
                 run_id=run_id,
                 generation=0,

@@ -17,9 +17,10 @@ OWN_NAMES = (RUN_JSON, RUN_LOCK, EVENTS, METRICS, SNAPSHOTS, QUARANTINE, SET_ASI
 MANIFEST = "manifest.json"
 STATE = "state.json"
 TENSORS_SUFFIX = ".safetensors"
+FROZEN = ".frozen"  # a section's tensors that are not trained lie in SECTION.frozen.safetensors
 OWN_SECTIONS = ("generators", "gradients", "loop", "modes")  # beside the parts
 
-_NAME = re.compile(r"step-(\d{9,18})(?:-epoch-(\d{6,18}))?")
+_NAME = re.compile(r"step-([0-9]{9,18})(?:-epoch-([0-9]{6,18}))?")
 
 
 @dataclass(frozen=True, order=True)
@@ -67,6 +68,11 @@ def parse_name(name: str) -> ParsedName | None:
     if match is None:
         return None
     step, epochs = match.groups()
-    parsed = ParsedName(int(step), None if epochs is None else int(epochs))
-    canonical = snapshot_name(Position(parsed.epochs_complete or 0, 0, parsed.step), epoch_complete=epochs is not None)
-    return parsed if canonical == name else None
+    if _is_padded(step, 9) and (epochs is None or _is_padded(epochs, 6)):
+        return ParsedName(int(step), None if epochs is None else int(epochs))
+    return None
+
+
+def _is_padded(digits: str, width: int) -> bool:
+    """Whether a number is written as `snapshot_name` does: with zeros up to a width, and none beyond it."""
+    return len(digits) == width or digits[0] != "0"

@@ -1,4 +1,4 @@
-"""A snapshot on its way to the disk, in a thread of its own. Free of torch."""
+"""A snapshot on its way to the disk: in a thread of its own, or in the scribe's hands. Free of torch."""
 
 from __future__ import annotations
 
@@ -49,3 +49,33 @@ class PendingSnapshot:
         if self._error is not None:
             error, self._error = self._error, None
             raise error
+
+
+class OrderedSnapshot(PendingSnapshot):
+    """A snapshot that another process commits.
+
+    Args:
+        name: Its directory's name.
+        is_done: Whether that process has answered.
+        finish: Takes its answer, and makes good what it did not do; blocks.
+    """
+
+    def __init__(self, name: str, *, is_done: Callable[[], bool], finish: Callable[[], None]) -> None:
+        self.name = name
+        self._is_done, self._finish = is_done, finish
+        self._is_finished = False
+
+    @property
+    def done(self) -> bool:
+        """Whether it is durable, or has failed."""
+        return self._is_finished or self._is_done()
+
+    def wait(self) -> None:
+        """Block until the snapshot is durable.
+
+        Raises:
+            SnapshotWriteError: It could not be made durable; older snapshots stand.
+        """
+        if not self._is_finished:
+            self._is_finished = True
+            self._finish()

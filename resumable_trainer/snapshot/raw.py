@@ -79,6 +79,9 @@ class RawTensorFile:
     Args:
         path: The file.
 
+    Attributes:
+        header_bytes: Where the tensors' data begin.
+
     Raises:
         DamagedSnapshotError: It is not a file of the layout.
     """
@@ -90,7 +93,7 @@ class RawTensorFile:
         except ValueError as error:
             raise DamagedSnapshotError(str(error), path=path) from None
         try:
-            self._start, self._infos = self._read_header()
+            self.header_bytes, self._infos = self._read_header()
         except BaseException:
             close_after_reading(self._fd)
             raise
@@ -111,6 +114,10 @@ class RawTensorFile:
         """Names of the tensors, in the file's order."""
         return list(self._infos)
 
+    def extents(self) -> list[tuple[str, int, int]]:
+        """Name, first byte and end of each tensor's data, in the order in which they lie."""
+        return sorted(((n, i.begin, i.end) for n, i in self._infos.items()), key=lambda extent: extent[1:])
+
     def info(self, name: str) -> TensorInfo:
         """What a tensor is, without reading it.
 
@@ -128,7 +135,14 @@ class RawTensorFile:
         Raises:
             DamagedSnapshotError: The file has become shorter.
         """
-        offset = self._start + self.info(name).begin + start
+        self.read_at(view, self.header_bytes + self.info(name).begin + start)
+
+    def read_at(self, view: memoryview, offset: int) -> None:
+        """Fill `view` with the file's bytes from `offset` on, the header counted; threads may do so at the same time.
+
+        Raises:
+            DamagedSnapshotError: The file has become shorter.
+        """
         while view.nbytes:
             count = os.preadv(self._fd, [view], offset)
             if count == 0:
@@ -164,9 +178,12 @@ class RawTensorFile:
     def _parse_one(self, name: str, fields: Any) -> TensorInfo:
         try:
             code, shape, (begin, end) = fields["dtype"], fields["shape"], fields["data_offsets"]
-            if set(fields) != {"dtype", "shape", "data_offsets"} or len(name.encode()) > MAX_NAME_BYTES:
+            if len(fields) != 3 or len(name.encode()) > MAX_NAME_BYTES:
                 raise ValueError("unknown fields or too long a name")
-            if not all(type(n) is int and 0 <= n < 2**48 for n in (*shape, begin, end)) or len(shape) > 64:
+            for number in (*shape, begin, end):
+                if type(number) is not int or not 0 <= number < 2**48:
+                    raise ValueError("bad numbers")
+            if len(shape) > 64:
                 raise ValueError("bad numbers")
             if end - begin != math.prod(shape) * ITEM_BYTES[code]:
                 raise ValueError("its offsets do not fit its shape")

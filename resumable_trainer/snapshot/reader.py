@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any
 
 from resumable_trainer.errors import DamagedSnapshotError, ResumableTrainerError
@@ -12,6 +12,7 @@ from resumable_trainer.snapshot.tree import BAD_VALUES, unflatten
 from resumable_trainer.snapshot.values import read_values
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
     from pathlib import Path
 
     import torch
@@ -59,19 +60,43 @@ class Reader:
 
             def read(section: str, name: str) -> torch.Tensor:
                 if section not in open_files:
-                    open_files[section] = stack.enter_context(self._tensor_file(section))
+                    open_files[section] = stack.enter_context(self.tensor_file(section))
                 return open_files[section].read(name)
 
-            try:
-                return unflatten(values, read)
-            except DamagedSnapshotError:
-                raise
-            except BAD_VALUES as error:
-                raise DamagedSnapshotError(f"{STATE} does not describe a state: {error}", path=self._path) from error
-            except MemoryError as error:  # not damaged: another machine may hold it
-                raise ResumableTrainerError(f"{self._path} does not fit into memory", path=self._path) from error
+            return self.unflatten(values, read)
 
-    def _tensor_file(self, section: str) -> TensorFile:
+    def unflatten(self, values: dict[str, Any], read: Callable[[str, str], torch.Tensor]) -> dict[str, Any]:
+        """Trees from the snapshot's values; `read(section, name)` gives a tensor.
+
+        Raises:
+            DamagedSnapshotError: The values do not describe a state.
+        """
+        with self.decoding():
+            return unflatten(values, read)
+
+    @contextmanager
+    def decoding(self) -> Iterator[None]:
+        """Values that `flatten` does not write are damage.
+
+        Raises:
+            DamagedSnapshotError: There were such values.
+            ResumableTrainerError: There was not enough memory.
+        """
+        try:
+            yield
+        except DamagedSnapshotError:
+            raise
+        except BAD_VALUES as error:
+            raise DamagedSnapshotError(f"{STATE} does not describe a state: {error}", path=self._path) from error
+        except MemoryError as error:  # not damaged: another machine may hold it
+            raise ResumableTrainerError(f"{self._path} does not fit into memory", path=self._path) from error
+
+    def tensor_file(self, section: str) -> TensorFile:
+        """The file of a section's tensors, opened.
+
+        Raises:
+            DamagedSnapshotError: There is none, or it is none.
+        """
         name = section + TENSORS_SUFFIX
         if name not in self._manifest.files:
             raise DamagedSnapshotError(f"{STATE} speaks of {name!r}, the manifest does not", path=self._path)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 from resumable_trainer.snapshot.layout import Position
@@ -52,7 +52,7 @@ class Retention:
 
     def to_delete(self, snapshots: Sequence[Kept]) -> list[str]:
         """Names of the snapshots that need not stay, of all valid ones, oldest first."""
-        return to_delete(snapshots, **asdict(self))
+        return to_delete(snapshots, **vars(self))
 
     def __str__(self) -> str:
         words = [f"the last {self.keep_last}", f"the best {self.keep_best}"]

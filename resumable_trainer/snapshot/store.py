@@ -34,7 +34,7 @@ from resumable_trainer.snapshot.layout import (
     parse_name,
 )
 from resumable_trainer.snapshot.manifest import from_bytes
-from resumable_trainer.snapshot.verify import read_manifest, verify
+from resumable_trainer.snapshot.verify import read_manifest, verify, verify_outline
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -65,7 +65,8 @@ class Store:
             OSError: The directory cannot be read; that is not "none".
         """
         try:
-            entries = [entry.name for entry in self._root.iterdir()]
+            with os.scandir(self._root) as found_there:
+                entries = [entry.name for entry in found_there]
         except FileNotFoundError:
             return []
         parsed = {name: found for name in entries if (found := parse_name(name)) is not None}
@@ -84,6 +85,20 @@ class Store:
         """
         with still_there(self.path(name)):
             return verify(self.path(name))
+
+    def newest_to_read(self) -> Manifest | None:
+        """The newest snapshot, all of it checked but the digests of its tensor files, if there is one to fall back to.
+
+        For who hashes those files while reading them into place, and takes an older snapshot where one is damaged.
+        None if this one is damaged already, or the only one: then `newest_valid` says what there is.
+        """
+        names = self.names()
+        if len(names) < 2:
+            return None
+        try:
+            return verify_outline(self.path(names[-1]))
+        except (DamagedSnapshotError, FileNotFoundError):
+            return None
 
     def manifest(self, name: str) -> Manifest:
         """A snapshot's manifest, verified itself; the other files are not read.
@@ -235,11 +250,14 @@ class Store:
         """Remove what dead processes left unfinished; names of the snapshots that never came to be."""
         swept = []
         for root in (self._root, self.run_directory):
-            for entry in sorted(root.iterdir()) if root.exists() else ():
-                if entry.name.startswith((TEMPORARY_PREFIX, TRASH_PREFIX)):
-                    remove_tree(self._files, entry)
-                    if root == self._root and entry.name.startswith(TEMPORARY_PREFIX):
-                        swept.append(entry.name.removeprefix(TEMPORARY_PREFIX))
+            if not root.exists():
+                continue
+            with os.scandir(root) as entries:
+                names = [entry.name for entry in entries if entry.name.startswith((TEMPORARY_PREFIX, TRASH_PREFIX))]
+            for name in sorted(names):
+                remove_tree(self._files, root / name)
+                if root == self._root and name.startswith(TEMPORARY_PREFIX):
+                    swept.append(name.removeprefix(TEMPORARY_PREFIX))
         return swept
 
     def _below(self, name: str) -> Path:

@@ -24,17 +24,23 @@ def parse(data: bytes, *, max_bytes: int) -> Any:
         value = json.loads(data.decode("utf-8"), object_pairs_hook=_unique, parse_constant=_refuse)
     except RecursionError:
         raise ValueError("JSON is nested too deep") from None
-    _check_depth(value, MAX_DEPTH)
+    _check_depth(value)
     return value
 
 
-def _check_depth(value: Any, left: int) -> None:
+def _check_depth(value: Any) -> None:
     """What passed the parser's own recursion limit may still be deeper than readers want to walk."""
-    if left == 0:
-        raise ValueError(f"JSON is nested deeper than {MAX_DEPTH}")
-    for inner in value.values() if isinstance(value, dict) else value if isinstance(value, list) else ():
-        if isinstance(inner, dict | list):
-            _check_depth(inner, left - 1)
+    level = [value]
+    for _ in range(MAX_DEPTH + 1):
+        level = [
+            inner
+            for outer in level
+            for inner in (outer.values() if isinstance(outer, dict) else outer if isinstance(outer, list) else ())
+            if isinstance(inner, dict | list)
+        ]
+        if not level:
+            return
+    raise ValueError(f"JSON is nested deeper than {MAX_DEPTH}")
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -5,8 +5,8 @@ header, the header (JSON: name -> dtype, shape, offsets into the data), the data
 gaps. Any safetensors reader opens the files. The library's own writer is not used: it took 2 to 4
 times as long as writing the same bytes.
 
-Writing copies no large tensor: its memory goes to the file as it is, hashed on the way. Small ones are gathered: a
-call for each of ten thousand would cost more than their bytes.
+Writing copies no large tensor: its memory goes to the file as it is, hashed on the way. Tensors that lie one behind
+the other are written as one, small pieces are gathered.
 """
 
 from __future__ import annotations
@@ -14,19 +14,20 @@ from __future__ import annotations
 import json
 import struct
 import sys
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
+from resumable_trainer.durable.digest import Digest
 from resumable_trainer.errors import UnsafeValueError
 from resumable_trainer.snapshot.raw import MAX_HEADER_BYTES, MAX_TENSORS, RawTensorFile
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterator, Mapping, Sequence
 
     from typing_extensions import Buffer
 
-    from resumable_trainer.durable.files import NewFile
+    from resumable_trainer.durable.digest import FileDigest
 
 _ALIGNMENT = 8
 _GATHER_BYTES = 1 << 20  # small tensors are written together in pieces of about this size
@@ -56,6 +57,13 @@ DTYPES: dict[str, torch.dtype] = {code: getattr(torch, name) for code, name in _
 _CODES = {dtype: code for code, dtype in DTYPES.items()}
 
 
+class Sink(Protocol):
+    """Where bytes go: a new file, say."""
+
+    def write(self, data: Buffer) -> None:
+        """Take all of `data`."""
+
+
 def is_storable(tensor: torch.Tensor) -> str | None:
     """None if the layout can hold the tensor, else why not, as the end of a sentence."""
     if type(tensor) not in (torch.Tensor, torch.nn.Parameter, torch.nn.Buffer):
@@ -72,33 +80,62 @@ def is_storable(tensor: torch.Tensor) -> str | None:
     return None
 
 
-def write_tensors(file: NewFile, tensors: Mapping[str, torch.Tensor]) -> None:
-    """Write CPU tensors in the order given; equal tensors give equal bytes.
+class Image:
+    """The bytes of one file of tensors, where they lie in memory: the header, then runs of tensors without gaps.
+
+    It follows the tensors: what is written is what they hold when it is written. Tensors that lie one behind the
+    other, as they are staged, are one run, so that neither their number nor their size costs anything at a write.
 
     Args:
-        file: Where to.
-        tensors: CPU tensors of any shape, 0-dim and empty ones included.
+        tensors: CPU tensors of any shape, 0-dim and empty ones included, in the order of the file.
 
     Raises:
         UnsafeValueError: More than is ever read back.
     """
-    header = _header(tensors)
-    pieces: list[Buffer] = [struct.pack("<Q", len(header)), header]
-    gathered = len(header)
-    for tensor in tensors.values():
-        if not tensor.numel():
-            continue
-        memory = _memory(tensor)
-        if gathered + memory.nbytes > _GATHER_BYTES and pieces:
-            file.write(b"".join(pieces))
-            pieces, gathered = [], 0
-        if memory.nbytes > _GATHER_BYTES:
-            file.write(memory)
+
+    def __init__(self, tensors: Mapping[str, torch.Tensor]) -> None:
+        header = _header(tensors)
+        self._pieces: list[Buffer] = [struct.pack("<Q", len(header)) + header, *_runs(tensors)]
+        self.num_bytes = sum(memoryview(piece).nbytes for piece in self._pieces)
+
+    def write(self, file: Sink) -> None:
+        """Write all of it; equal tensors give equal bytes."""
+        for buffer in _gathered(self._pieces):
+            file.write(buffer)
+
+    def digest(self) -> FileDigest:
+        """Length and digest of the file that would be written now; reads all of its memory once."""
+        digest = Digest()
+        for buffer in _gathered(self._pieces):
+            digest.update(buffer)
+        return digest.value()
+
+
+def write_tensors(file: Sink, tensors: Mapping[str, torch.Tensor]) -> None:
+    """Write CPU tensors in the order given; equal tensors give equal bytes.
+
+    Raises:
+        UnsafeValueError: More than is ever read back.
+    """
+    Image(tensors).write(file)
+
+
+def _gathered(pieces: Sequence[Buffer]) -> Iterator[Buffer]:
+    """The same bytes, small pieces joined: a call for each of ten thousand would cost more than their bytes."""
+    small: list[Buffer] = []
+    gathered = 0
+    for piece in pieces:
+        num_bytes = memoryview(piece).nbytes
+        if gathered + num_bytes > _GATHER_BYTES and small:
+            yield b"".join(small)
+            small, gathered = [], 0
+        if num_bytes > _GATHER_BYTES:
+            yield piece
         else:
-            pieces.append(memory)
-            gathered += memory.nbytes
-    if pieces:
-        file.write(b"".join(pieces))
+            small.append(piece)
+            gathered += num_bytes
+    if small:
+        yield b"".join(small)
 
 
 def _header(tensors: Mapping[str, torch.Tensor]) -> bytes:
@@ -120,12 +157,31 @@ def _header(tensors: Mapping[str, torch.Tensor]) -> bytes:
     return text.ljust(-(-len(text) // _ALIGNMENT) * _ALIGNMENT)
 
 
-def _memory(tensor: torch.Tensor) -> memoryview:
-    """The tensor's bytes, row-major, without a copy if they lie so already."""
+def _runs(tensors: Mapping[str, torch.Tensor]) -> Iterator[memoryview]:
+    """The tensors' bytes, row-major; those that lie one behind the other in one memory as one."""
     if sys.byteorder != "little":
         raise NotImplementedError("the layout is little-endian; this machine is not")
-    flat = tensor.detach().contiguous().reshape(-1)
-    return flat.view(torch.uint8).numpy().data
+    first, begin, end = torch.empty(0), 0, 0
+    for tensor in tensors.values():
+        num_bytes = tensor.numel() * tensor.element_size()
+        if not num_bytes:
+            continue
+        plain = tensor.detach().resolve_conj().resolve_neg().contiguous()
+        address = plain.data_ptr()
+        if address != end or plain.untyped_storage().data_ptr() != first.untyped_storage().data_ptr():
+            if end > begin:
+                yield _memory(first, end - begin)
+            first, begin = plain, address
+        end = address + num_bytes
+    if end > begin:
+        yield _memory(first, end - begin)
+
+
+def _memory(first: torch.Tensor, num_bytes: int) -> memoryview:
+    """So many bytes from where a tensor begins; they keep its storage alive."""
+    storage = first.untyped_storage()
+    start = first.storage_offset() * first.element_size()
+    return torch.empty(0, dtype=torch.uint8).set_(storage, start, (num_bytes,)).numpy().data  # type: ignore[call-overload, no-any-return]
 
 
 class TensorFile(RawTensorFile):

@@ -28,11 +28,12 @@ import numpy as np
 import torch
 
 from resumable_trainer.errors import UnsafeValueError
+from resumable_trainer.snapshot.layout import FROZEN
 from resumable_trainer.snapshot.raw import MAX_NAME_BYTES
 from resumable_trainer.snapshot.tensors import is_storable
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Callable, Collection, Mapping, Sequence
 
 MAX_DEPTH = 40
 _INLINE_ARRAY_BYTES = 1024
@@ -42,7 +43,7 @@ _TORCH_DTYPES = {str(d).removeprefix("torch."): d for d in vars(torch).values() 
 TensorReader = "Callable[[str, str], torch.Tensor]"
 # What decoding may raise on values that `flatten` does not write.
 BAD_VALUES = (ValueError, TypeError, LookupError, ArithmeticError, AttributeError, RuntimeError, struct.error)
-_TENSOR_FIELDS = frozenset({"$tensor", "device", "stride", "dtype", "parameter"})
+TENSOR_FIELDS = frozenset({"$tensor", "device", "stride", "dtype", "parameter"})
 _MAX_VARIANTS = 4  # of one stored tensor: as it is, and as a parameter with and without a gradient
 _MAX_EQUAL_HASHES = 1000
 _NUMPY_DTYPE = re.compile(r"[<>|=][biufcSUmM]\d{1,9}(\[\w{1,40}\])?")
@@ -54,22 +55,36 @@ class Flat:
 
     Attributes:
         values: Typed JSON by section.
-        tensors: Tensors by section and name; detached, as live as they were handed in.
+        tensors: Tensors by file (a section, or what lies apart of it) and name; as live as they were handed in.
+        structure: Two states that have the very same object here have equal sections, names, shapes and dtypes.
     """
 
     values: dict[str, Any]
     tensors: dict[str, dict[str, torch.Tensor]]
+    structure: object = None
 
 
-def flatten(sections: Mapping[str, object]) -> Flat:
+class Plain(dict[str, Any]):
+    """Tensors by name, in which a parameter counts as the plain tensor that `Module.state_dict` makes of it.
+
+    Making it costs more than all else that is done about a small tensor.
+    """
+
+
+def flatten(sections: Mapping[str, object], apart: Mapping[str, Collection[str]] | None = None) -> Flat:
     """Take named trees apart into values and tensors; nothing is copied.
+
+    Args:
+        sections: Trees by name.
+        apart: By section: keys of tensors in its tree that are to lie in the file `SECTION.frozen`, so that a file
+            in which nothing has changed need not be written again.
 
     Raises:
         UnsafeValueError: A value that has no safe form on disk; the message names its place.
     """
-    writer = _Writer()
+    writer = TreeWriter(apart or {})
     values = {name: writer.section(name, tree) for name, tree in sections.items()}
-    return Flat(values, {name: tensors for name, tensors in writer.tensors.items() if tensors})
+    return Flat(values, writer.found())
 
 
 def unflatten(values: Mapping[str, Any], tensor: Callable[[str, str], torch.Tensor]) -> dict[str, Any]:
@@ -78,22 +93,34 @@ def unflatten(values: Mapping[str, Any], tensor: Callable[[str, str], torch.Tens
     Raises:
         ValueError: Values that `flatten` does not write.
     """
-    reader = _Reader(tensor)
+    reader = TreeReader(tensor)
     return {name: reader.value(encoded) for name, encoded in values.items()}
 
 
 @dataclass
-class _Writer:
+class TreeWriter:
+    """Encodes one tree after the other, and collects their tensors."""
+
+    apart: Mapping[str, Collection[str]] = field(default_factory=dict)
     tensors: dict[str, dict[str, torch.Tensor]] = field(default_factory=dict)
     _known: dict[tuple[Any, ...], list[str]] = field(default_factory=dict)
     _section: str = ""
+    _apart: Collection[str] = frozenset()
+    _is_plain: bool = False
 
     def section(self, name: str, tree: object) -> Any:
+        """A tree's typed JSON; its tensors go to the section of this name."""
         self._section = name
+        self._apart = frozenset(self.apart.get(name, ()))
         self.tensors[name] = {}
         return self.value(tree, ())
 
+    def found(self) -> dict[str, dict[str, torch.Tensor]]:
+        """The tensors of all files that have any."""
+        return {name: tensors for name, tensors in self.tensors.items() if tensors}
+
     def value(self, value: object, path: tuple[Any, ...]) -> Any:
+        """The typed JSON of any value, at its place in the section."""
         kind = type(value)
         if value is None or kind is bool or kind is str:
             return value
@@ -111,6 +138,7 @@ class _Writer:
         return self.by_base_class(value, path)
 
     def by_base_class(self, value: object, path: tuple[Any, ...]) -> Any:
+        """Values whose type says less than a class that it comes from."""
         if isinstance(value, np.generic):
             return _encode_numpy_scalar(self, value, path)
         if isinstance(value, enum.Enum):
@@ -122,12 +150,15 @@ class _Writer:
         raise self.unsafe(value, path, f"is a {type(value).__module__}.{type(value).__qualname__}")
 
     def items(self, values: Any, path: tuple[Any, ...]) -> list[Any]:
+        """Each with its number as its place."""
         return [self.value(inner, (*path, index)) for index, inner in enumerate(values)]
 
     def pairs(self, values: Mapping[Any, Any], path: tuple[Any, ...]) -> list[list[Any]]:
+        """Keys that JSON does not have are values, too."""
         return [[self.value(key, (*path, key)), self.value(inner, (*path, key))] for key, inner in values.items()]
 
     def tensor(self, tensor: torch.Tensor, path: tuple[Any, ...]) -> dict[str, Any]:
+        """A reference to the tensor, with what its bytes do not say."""
         reason = is_storable(tensor)
         if reason is not None:
             raise self.unsafe(tensor, path, reason)
@@ -135,17 +166,17 @@ class _Writer:
         encoded: dict[str, Any] = {"$tensor": self.place(plain, path)}
         if plain.device.type != "cpu":
             encoded["device"] = str(plain.device)
-        if not plain.is_contiguous() and _is_dense(plain.shape, plain.stride()):
+        if not plain.is_contiguous() and is_dense(plain.shape, plain.stride()):
             encoded["stride"] = list(plain.stride())
         if plain.dtype == torch.complex128:
             encoded["dtype"] = "complex128"
-        if isinstance(tensor, torch.nn.Parameter):
+        if isinstance(tensor, torch.nn.Parameter) and not self._is_plain:
             encoded["parameter"] = tensor.requires_grad
         return encoded
 
     def place(self, plain: torch.Tensor, path: tuple[Any, ...]) -> list[str]:
-        """[section, name] of the tensor; one that shares all its memory with an earlier one gets that one's."""
-        stored = torch.view_as_real(plain) if plain.dtype == torch.complex128 else plain
+        """[file, name] of the tensor; one that shares all its memory with an earlier one gets that one's."""
+        stored = torch.view_as_real(plain.resolve_conj()) if plain.dtype == torch.complex128 else plain
         identity = (
             plain.untyped_storage().data_ptr() or id(plain),
             plain.storage_offset(),
@@ -153,16 +184,24 @@ class _Writer:
             plain.stride(),
             plain.dtype,
             str(plain.device),
+            plain.is_conj(),
+            plain.is_neg(),
         )
         if plain.numel() and identity in self._known:
             return self._known[identity]
-        name = self.free_name(path)
-        self.tensors[self._section][name] = stored
-        self._known[identity] = [self._section, name]
+        file = self._section + FROZEN if len(path) == 1 and path[0] in self._apart else self._section
+        name = self.free_name(file, path)
+        self.store(file, name, stored)
+        self._known[identity] = [file, name]
         return self._known[identity]
 
-    def free_name(self, path: tuple[Any, ...]) -> str:
-        taken = self.tensors[self._section]
+    def store(self, file: str, name: str, tensor: torch.Tensor) -> None:
+        """Take in a tensor under a name that is free in its file."""
+        self.tensors.setdefault(file, {})[name] = tensor
+
+    def free_name(self, file: str, path: tuple[Any, ...]) -> str:
+        """A name for the tensor at a place that no other in its file has."""
+        taken = self.tensors.get(file, {})
         name = ".".join(str(key) for key in path) or "value"
         if len(name.encode()) > MAX_NAME_BYTES - 20 or not name.isprintable() or name == "__metadata__":
             name = "tensor"
@@ -172,6 +211,7 @@ class _Writer:
         return candidate
 
     def unsafe(self, value: object, path: tuple[Any, ...], reason: str) -> UnsafeValueError:
+        """The error that names the place of a value."""
         place = self._section + "".join(f"[{key!r}]" for key in path)
         return UnsafeValueError(
             f"{place} {reason}, which has no safe form in a snapshot",
@@ -195,7 +235,7 @@ def _float_of(word: str) -> float:
     return float(struct.unpack(">d", bytes.fromhex(bits))[0])
 
 
-def _is_dense(shape: Sequence[int], strides: Sequence[int]) -> bool:
+def is_dense(shape: Sequence[int], strides: Sequence[int]) -> bool:
     """Whether a tensor fills its memory without gaps and overlaps, in some order of its dimensions."""
     expected = 1
     for stride, size in sorted((s, n) for s, n in zip(strides, shape, strict=True) if n != 1):
@@ -205,27 +245,40 @@ def _is_dense(shape: Sequence[int], strides: Sequence[int]) -> bool:
     return True
 
 
-def _encode_dict(writer: _Writer, value: dict[Any, Any], path: tuple[Any, ...]) -> Any:
+def _encode_dict(writer: TreeWriter, value: dict[Any, Any], path: tuple[Any, ...]) -> Any:
     if all(type(key) is str and not key.startswith("$") for key in value):
         return {key: writer.value(inner, (*path, key)) for key, inner in value.items()}
     return {"$dict": writer.pairs(value, path)}
 
 
-def _encode_set(tag: str) -> Callable[[_Writer, Any, tuple[Any, ...]], Any]:
-    def encode(writer: _Writer, value: Any, path: tuple[Any, ...]) -> Any:
+def _encode_plain(writer: TreeWriter, value: Plain, path: tuple[Any, ...]) -> Any:
+    writer._is_plain = True
+    encoded = _encode_dict(writer, value, path)
+    writer._is_plain = False
+    return encoded
+
+
+def _encode_list(writer: TreeWriter, value: list[Any], path: tuple[Any, ...]) -> Any:
+    if {*map(type, value)} == {int} and min(value) >= -(2**63) and max(value) < 2**64:
+        return list(value)  # an optimizer's numbers of ten thousand parameters
+    return writer.items(value, path)
+
+
+def _encode_set(tag: str) -> Callable[[TreeWriter, Any, tuple[Any, ...]], Any]:
+    def encode(writer: TreeWriter, value: Any, path: tuple[Any, ...]) -> Any:
         return {tag: sorted(writer.items(value, path), key=json.dumps)}
 
     return encode
 
 
-def _encode_defaultdict(writer: _Writer, value: Any, path: tuple[Any, ...]) -> Any:
+def _encode_defaultdict(writer: TreeWriter, value: Any, path: tuple[Any, ...]) -> Any:
     factory = None if value.default_factory is None else value.default_factory.__name__
     if factory is not None and _FACTORIES.get(factory) is not value.default_factory:
         raise writer.unsafe(value, path, f"is a defaultdict of {factory}")
     return {"$defaultdict": {"factory": factory, "items": writer.pairs(value, path)}}
 
 
-def _encode_array(writer: _Writer, value: np.ndarray[Any, Any], path: tuple[Any, ...]) -> Any:
+def _encode_array(writer: TreeWriter, value: np.ndarray[Any, Any], path: tuple[Any, ...]) -> Any:
     if value.dtype.hasobject or value.dtype.names is not None or value.dtype.kind not in "biufcSUmM":
         raise writer.unsafe(value, path, f"is an array of dtype {value.dtype}")
     if value.nbytes > _INLINE_ARRAY_BYTES and value.dtype.kind in "biufc" and value.dtype.isnative:
@@ -239,15 +292,16 @@ def _encode_array(writer: _Writer, value: np.ndarray[Any, Any], path: tuple[Any,
     return {"$ndarray": {"dtype": value.dtype.str, "shape": list(value.shape), "data": data}}
 
 
-def _encode_numpy_scalar(writer: _Writer, value: Any, path: tuple[Any, ...]) -> Any:
+def _encode_numpy_scalar(writer: TreeWriter, value: Any, path: tuple[Any, ...]) -> Any:
     if value.dtype.hasobject or value.dtype.names is not None:
         raise writer.unsafe(value, path, f"is a scalar of dtype {value.dtype}")
     return {"$npscalar": [value.dtype.str, base64.b64encode(value.tobytes()).decode()]}
 
 
-_ENCODERS: dict[type, Callable[[_Writer, Any, tuple[Any, ...]], Any]] = {
+_ENCODERS: dict[type, Callable[[TreeWriter, Any, tuple[Any, ...]], Any]] = {
     dict: _encode_dict,
-    list: lambda w, v, p: w.items(v, p),
+    Plain: _encode_plain,
+    list: _encode_list,
     tuple: lambda w, v, p: {"$tuple": w.items(v, p)},
     set: _encode_set("$set"),
     frozenset: _encode_set("$frozenset"),
@@ -269,13 +323,24 @@ _ENCODERS: dict[type, Callable[[_Writer, Any, tuple[Any, ...]], Any]] = {
 }
 
 
-class _Reader:
+class TreeReader:
+    """Typed JSON back to the values that it stands for.
+
+    Args:
+        tensor: Reads one tensor of a section, by both names.
+    """
+
     def __init__(self, tensor: Callable[[str, str], torch.Tensor]) -> None:
         self._read = tensor
         self._tensors: dict[tuple[str, str, str], torch.Tensor] = {}
         self._variants: collections.Counter[tuple[str, str]] = collections.Counter()
 
     def value(self, encoded: Any) -> Any:
+        """One value.
+
+        Raises:
+            ValueError: A value that `flatten` does not write.
+        """
         if isinstance(encoded, list):
             return [self.value(inner) for inner in encoded]
         if not isinstance(encoded, dict):
@@ -291,6 +356,7 @@ class _Reader:
         return decode(self, encoded[tag])
 
     def pairs(self, encoded: list[list[Any]]) -> list[tuple[Any, Any]]:
+        """Keys and values of a mapping."""
         pairs = [(self.value(key), self.value(inner)) for key, inner in encoded]
         _check_hashes([key for key, _ in pairs])
         return pairs
@@ -304,10 +370,10 @@ class _Reader:
     def tensor(self, encoded: dict[str, Any]) -> torch.Tensor:
         """Equal references give the very same tensor: what was tied is tied again."""
         section, name = encoded["$tensor"]
-        key = (section, name, json.dumps(encoded, sort_keys=True))
+        key = (section, name, "" if len(encoded) == 1 else json.dumps(encoded, sort_keys=True))
         if key not in self._tensors:
             self._variants[section, name] += 1
-            if not encoded.keys() <= _TENSOR_FIELDS or self._variants[section, name] > _MAX_VARIANTS:
+            if not encoded.keys() <= TENSOR_FIELDS or self._variants[section, name] > _MAX_VARIANTS:
                 raise ValueError(f"state.json speaks of tensor {name!r} of {section!r} in a way that is never written")
             tensor = self._read(section, name)
             if "dtype" in encoded:
@@ -324,6 +390,7 @@ class _Reader:
         return self._tensors[key]
 
     def array(self, encoded: dict[str, Any]) -> np.ndarray[Any, Any]:
+        """An array of NumPy's."""
         dtype = _numpy_dtype(encoded["dtype"])
         if "tensor" in encoded:
             return self.tensor(encoded["tensor"]).numpy().view(dtype)
@@ -333,7 +400,7 @@ class _Reader:
 
 def _strided(tensor: torch.Tensor, stride: list[int]) -> torch.Tensor:
     """The same values laid out as they were, channels_last say: kernels round differently on other layouts."""
-    if not _is_dense(tensor.shape, stride):  # before memory is asked for
+    if not is_dense(tensor.shape, stride):  # before memory is asked for
         raise ValueError(f"state.json gives stride {stride} for shape {list(tensor.shape)}")
     return torch.empty_strided(tensor.shape, stride, dtype=tensor.dtype).copy_(tensor)
 
@@ -364,7 +431,7 @@ def _numpy_dtype(text: str) -> np.dtype[Any]:
     return np.dtype(text)
 
 
-def _decode_enum(_reader: _Reader, encoded: list[str]) -> Any:
+def _decode_enum(_reader: TreeReader, encoded: list[str]) -> Any:
     """Looked up among what is loaded already, never imported: no code of a stranger runs.
 
     Nor any other: attributes of modules may import more when they are asked for, so only what is there counts.
@@ -378,33 +445,33 @@ def _decode_enum(_reader: _Reader, encoded: list[str]) -> Any:
     return found[member]
 
 
-def _decode_numpy_scalar(_reader: _Reader, encoded: list[str]) -> Any:
+def _decode_numpy_scalar(_reader: TreeReader, encoded: list[str]) -> Any:
     data = base64.b64decode(encoded[1], validate=True)
     return np.frombuffer(data, dtype=_numpy_dtype(encoded[0]))[0]
 
 
-def _decode_defaultdict(reader: _Reader, encoded: dict[str, Any]) -> Any:
+def _decode_defaultdict(reader: TreeReader, encoded: dict[str, Any]) -> Any:
     factory = None if encoded["factory"] is None else _FACTORIES[encoded["factory"]]
     return collections.defaultdict(factory, reader.pairs(encoded["items"]))
 
 
-def _decode_complex(reader: _Reader, encoded: list[Any]) -> complex:
+def _decode_complex(reader: TreeReader, encoded: list[Any]) -> complex:
     real, imaginary = reader.value(encoded)
     return complex(real, imaginary)
 
 
-def _decode_timedelta(_reader: _Reader, encoded: list[int]) -> datetime.timedelta:
+def _decode_timedelta(_reader: TreeReader, encoded: list[int]) -> datetime.timedelta:
     days, seconds, microseconds = encoded
     return datetime.timedelta(days, seconds, microseconds)
 
 
-def _decode_size(_reader: _Reader, encoded: list[int]) -> torch.Size:
+def _decode_size(_reader: TreeReader, encoded: list[int]) -> torch.Size:
     if not all(type(n) is int and 0 <= n < 2**63 for n in encoded):
         raise ValueError("state.json holds a size that no tensor has")
     return torch.Size(encoded)
 
 
-_DECODERS: dict[str, Callable[[_Reader, Any], Any]] = {
+_DECODERS: dict[str, Callable[[TreeReader, Any], Any]] = {
     "$int": lambda _r, v: int(v, 16),
     "$float": lambda _r, v: _float_of(v),
     "$dict": lambda r, v: dict(r.pairs(v)),

@@ -5,16 +5,18 @@ Free of torch. Cost: every byte of the snapshot is read once, at about memory or
 
 from __future__ import annotations
 
+import contextlib
 import os
 import stat
 from typing import TYPE_CHECKING
 
-from resumable_trainer.durable.digest import digest_file, reading
+from resumable_trainer.durable.digest import FileDigest, digest_file, reading
 from resumable_trainer.errors import DamagedSnapshotError
 from resumable_trainer.snapshot import manifest as manifest_module
-from resumable_trainer.snapshot.layout import MANIFEST, Position, snapshot_name
+from resumable_trainer.snapshot.layout import MANIFEST, TENSORS_SUFFIX, Position, snapshot_name
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
     from pathlib import Path
 
     from resumable_trainer.snapshot.manifest import FileEntry, Manifest
@@ -31,7 +33,7 @@ def verify(path: Path) -> Manifest:
     """
     manifest = read_manifest(path)
     for name, entry in manifest.files.items():
-        _verify_file(path, name, entry)
+        verify_file(path, name, entry)
     return manifest
 
 
@@ -66,7 +68,45 @@ def read_manifest(path: Path) -> Manifest:
     return manifest
 
 
-def _verify_file(path: Path, name: str, entry: FileEntry) -> None:
+def verify_outline(path: Path) -> Manifest:
+    """All of `verify` but the digests of tensor files: for who hashes those while reading them.
+
+    Raises:
+        DamagedSnapshotError: It is not what was committed; the message says why.
+        OSError: It cannot be read.
+    """
+    manifest = read_manifest(path)
+    for name, entry in manifest.files.items():
+        if name.endswith(TENSORS_SUFFIX):
+            with _readable(path, name):
+                _check_length(path, name, entry)
+        else:
+            verify_file(path, name, entry)
+    return manifest
+
+
+def verify_file(path: Path, name: str, entry: FileEntry) -> None:
+    """Check one file of a snapshot against its entry in the manifest.
+
+    Raises:
+        DamagedSnapshotError: It is not what was committed; the message says why.
+    """
+    with _readable(path, name):
+        _check_length(path, name, entry)
+        check_digest(path, name, entry, digest_file(path / name))
+
+
+def check_digest(path: Path, name: str, entry: FileEntry, found: FileDigest) -> None:
+    """Compare what was found in a file with its entry in the manifest.
+
+    Raises:
+        DamagedSnapshotError: They differ.
+    """
+    if found.num_bytes != entry.num_bytes or found.digest != entry.digest:
+        raise _damaged(path, f"{name} has digest {found.digest[:8]}.., the manifest says {entry.digest[:8]}..")
+
+
+def _check_length(path: Path, name: str, entry: FileEntry) -> None:
     if (
         "/" in name
         or name in ("", ".", "..", MANIFEST)
@@ -74,19 +114,22 @@ def _verify_file(path: Path, name: str, entry: FileEntry) -> None:
         or len(name.encode(errors="replace")) > _MAX_NAME_BYTES
     ):
         raise _damaged(path, f"{MANIFEST} lists {name!r}, which is no file name")
+    size = os.lstat(path / name).st_size
+    if size != entry.num_bytes:
+        raise _damaged(path, f"{name} has {size} bytes, the manifest says {entry.num_bytes}")
+
+
+@contextlib.contextmanager
+def _readable(path: Path, name: str) -> Iterator[None]:
+    """A file that is missing, or none that can be read from end to end, is damage."""
     try:
-        size = os.lstat(path / name).st_size
-        if size != entry.num_bytes:
-            raise _damaged(path, f"{name} has {size} bytes, the manifest says {entry.num_bytes}")
-        found = digest_file(path / name)
+        yield
     except FileNotFoundError:
         raise _damaged(path, f"{name} is missing") from None
     except DamagedSnapshotError:
         raise
     except ValueError as error:
         raise _damaged(path, str(error)) from None
-    if found.num_bytes != entry.num_bytes or found.digest != entry.digest:
-        raise _damaged(path, f"{name} has digest {found.digest[:8]}.., the manifest says {entry.digest[:8]}..")
 
 
 def _damaged(path: Path, reason: str) -> DamagedSnapshotError:

@@ -62,12 +62,26 @@ def capture_modes(state: Mapping[str, object]) -> dict[str, Any]:
     return {
         name: {
             "training": part.training,
-            "otherwise": [n for n, m in part.named_modules() if m.training != part.training],
-            "frozen": [n for n, p in part.named_parameters() if not p.requires_grad],
+            "otherwise": _otherwise(part),
+            "frozen": frozen_parameters(part),
         }
         for name, part in state.items()
         if isinstance(part, nn.Module)
     }
+
+
+def _otherwise(module: nn.Module) -> list[str]:
+    """Names of the modules in it whose training flag is not its own."""
+    if {inner.training for inner in module.modules()} == {module.training}:
+        return []
+    return [name for name, inner in module.named_modules() if inner.training != module.training]
+
+
+def frozen_parameters(module: nn.Module) -> list[str]:
+    """Names of the parameters that are not trained."""
+    if all(parameter.requires_grad for parameter in _all_parameters(module)):
+        return []  # names cost more than all else here
+    return [name for name, parameter in module.named_parameters() if not parameter.requires_grad]
 
 
 def restore_modes(state: Mapping[str, object], saved: Mapping[str, Any]) -> None:
@@ -86,6 +100,9 @@ def capture_gradients(state: Mapping[str, object], *, used: Collection[int]) -> 
     """Gradients still to be used (live tensors), and the names of those that were used."""
     pending: dict[str, dict[str, torch.Tensor]] = {}
     spent: dict[str, list[str]] = {}
+    modules = [part for part in state.values() if isinstance(part, nn.Module)]
+    if all(parameter.grad is None for module in modules for parameter in _all_parameters(module)):
+        return {"pending": pending, "spent": spent}  # names cost more than all else here
     for name, parameter_name, parameter in _parameters(state):
         if parameter.grad is None:
             continue
@@ -114,6 +131,12 @@ def restore_gradients(state: Mapping[str, object], saved: Mapping[str, Any]) -> 
         else:
             parameter.grad = None
     return used
+
+
+def _all_parameters(module: nn.Module) -> list[nn.Parameter]:
+    """Each parameter, as often as it is named."""
+    found = [parameter for inner in module.modules() for parameter in inner._parameters.values()]
+    return [parameter for parameter in found if parameter is not None]
 
 
 def _parameters(state: Mapping[str, object]) -> Iterator[tuple[str, str, nn.Parameter]]:

@@ -2,7 +2,8 @@
 
 Policy: restoring is strict. All parts are compared with what was saved before anything is touched,
 and one error lists every mismatch; afterwards each part is captured again and must give back the
-bytes that were put in. Cost: one pass over the state each way, plus that comparison.
+bytes that were put in. Cost: one pass over the state each way, plus that comparison; a part that
+`filling` can fill is restored without both.
 """
 
 from __future__ import annotations
@@ -19,11 +20,13 @@ from torch.optim import Optimizer
 from resumable_trainer.errors import SettingsError, StateMismatchError
 from resumable_trainer.state import generators
 from resumable_trainer.state.compare import differences
+from resumable_trainer.state.filling import Stored
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
 RESERVED_NAMES = frozenset({"generators", "gradients", "loop", "manifest", "modes", "state"})
+_STATE_METHODS = ("state_dict", "_save_to_state_dict", "get_extra_state")
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,99}")
 
 
@@ -70,8 +73,40 @@ def capture_part(part: object) -> object:
     return dict(tree) if isinstance(part, nn.Module) else tree
 
 
+def live_tensors(module: nn.Module) -> dict[str, Any] | None:
+    """A module's `state_dict()` with the parameters themselves in it, for those who copy it at once.
+
+    The plain tensors that `state_dict()` makes of them cost more than anything else that is done about a small one.
+
+    Returns:
+        None where a module in it makes its state in a way of its own, which may tell the two apart.
+    """
+    if not all(map(_saves_as_torch_does, module.modules())):
+        return None
+    tree = dict(module.state_dict(keep_vars=True))
+    return tree if {*map(type, tree.values())} <= {torch.Tensor, nn.Parameter} else None
+
+
+def _saves_as_torch_does(module: nn.Module) -> bool:
+    kind = type(module)
+    return (
+        kind.state_dict is nn.Module.state_dict
+        and kind._save_to_state_dict is nn.Module._save_to_state_dict
+        and kind.get_extra_state is nn.Module.get_extra_state
+        and not module._state_dict_hooks
+        and not module._state_dict_pre_hooks
+        and module.__dict__.keys().isdisjoint(_STATE_METHODS)
+    )
+
+
 def mismatches(name: str, part: object, saved: object) -> list[str]:
-    """Why `saved` cannot be put into `part`, one line per reason; nothing is touched."""
+    """Why `saved` cannot be put into `part`, one line per reason; nothing is touched.
+
+    Args:
+        name: The part's name.
+        part: The live part.
+        saved: Its saved tree; a `Stored` in the place of a tensor will do.
+    """
     if isinstance(part, nn.Module):
         return _module_mismatches(name, part, saved)
     if isinstance(part, Optimizer):
@@ -92,7 +127,7 @@ def _module_mismatches(name: str, module: nn.Module, saved: object) -> list[str]
 
 
 def _tensor_mismatch(place: str, live: torch.Tensor, saved: object) -> list[str]:
-    if not isinstance(saved, torch.Tensor):
+    if not isinstance(saved, torch.Tensor | Stored):
         return [f"{place} was saved as {type(saved).__name__}, the script has a tensor"]
     if isinstance(live, nn.UninitializedParameter | nn.UninitializedBuffer):
         return []

@@ -10,46 +10,129 @@ asked for memory once: fresh pages for each snapshot would cost more than the co
 
 from __future__ import annotations
 
+import contextlib
+import mmap
+import os
+from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING
 
 import torch
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
+
+Named = dict[str, dict[str, torch.Tensor]]
+_ALIGNMENT = 64  # of the first tensor of a section; the others follow without gaps that their dtype does not ask for
+_HUGE_BYTES = 8 << 20  # from here on memory comes in huge pages, where the system has them
+_MANY_TENSORS = 1024  # from here on the calls cost more than their bytes, and two threads share them
+_MADV_WIPEONFORK = 18
 
 
-def stage(tensors: Mapping[str, Mapping[str, torch.Tensor]]) -> dict[str, dict[str, torch.Tensor]]:
+def stage(tensors: Mapping[str, Mapping[str, torch.Tensor]]) -> Named:
     """Contiguous CPU copies of all tensors, by section and name."""
     return {section: {name: _copy(tensor) for name, tensor in named.items()} for section, named in tensors.items()}
 
 
 class Arena:
-    """Host memory into which one snapshot after the other is staged.
+    """Host memory into which one snapshot after the other is staged, the tensors of a section one behind the other.
 
     What `stage` gives is good until it is called again: the snapshot before must be on disk by then.
     """
 
     def __init__(self) -> None:
-        self._buffers: dict[str, dict[str, torch.Tensor]] = {}
+        self._memory = torch.empty(0, dtype=torch.uint8)
+        self._staged: Named = {}
+        self._targets: list[torch.Tensor] = []
+        self._description: object = None
+        self._structure: object = None
 
-    def stage(self, tensors: Mapping[str, Mapping[str, torch.Tensor]]) -> dict[str, dict[str, torch.Tensor]]:
-        """Contiguous CPU copies of all tensors, by section and name."""
-        before, self._buffers = self._buffers, {}
-        targets, sources = [], []
-        for section, named in tensors.items():
-            kept = before.pop(section, {})
-            mine = self._buffers[section] = {}
-            for name, tensor in named.items():
-                buffer = kept.pop(name, None)
-                if buffer is None or buffer.shape != tensor.shape or buffer.dtype != tensor.dtype:
-                    buffer = torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu")
-                mine[name] = buffer
-                targets.append(buffer)
-                sources.append(tensor)
-        if targets:
-            with torch.no_grad():
-                torch._foreach_copy_(targets, sources)
-        return self._buffers
+    def stage(self, tensors: Mapping[str, Mapping[str, torch.Tensor]], *, structure: object = None) -> Named:
+        """Contiguous CPU copies of all tensors, by section and name.
+
+        The very same dicts are given again as long as names, shapes and dtypes stay the same.
+
+        Args:
+            tensors: By section and name.
+            structure: Stands for names, shapes and dtypes: where it is the very object of the last call they are
+                not compared.
+        """
+        sources = [tensor for named in tensors.values() for tensor in named.values()]
+        if structure is None or structure is not self._structure:
+            self._lay_out(tensors, sources)
+            self._structure = structure
+        copy_into(self._targets, sources)
+        return self._staged
+
+    def _lay_out(self, tensors: Mapping[str, Mapping[str, torch.Tensor]], sources: Sequence[torch.Tensor]) -> None:
+        names = [(section, list(named)) for section, named in tensors.items()]
+        description = (names, [tensor.shape for tensor in sources], [tensor.dtype for tensor in sources])
+        if description == self._description:
+            return
+        # Whatever fails below must not leave old targets to be filled with other tensors.
+        self._description, self._structure, self._staged, self._targets = None, None, {}, []
+        places, num_bytes = _places(tensors)
+        if not num_bytes <= self._memory.numel() <= 2 * num_bytes + _HUGE_BYTES:
+            self._memory = torch.empty(0, dtype=torch.uint8)  # given back before more is asked for
+            self._memory = _memory(num_bytes)
+        views = iter([_view(self._memory, at, tensor) for at, tensor in zip(places, sources, strict=True)])
+        self._staged = {section: {name: next(views) for name in named} for section, named in tensors.items()}
+        self._targets = [tensor for named in self._staged.values() for tensor in named.values()]
+        self._description = description
+
+
+def copy_into(targets: Sequence[torch.Tensor], sources: Sequence[torch.Tensor]) -> None:
+    """Copy each tensor of `sources` into the one of `targets` at the same place; blocks until all are copied."""
+    if len(sources) < _MANY_TENSORS or _num_cores() < 2:
+        _copy_all(targets, sources)
+        return
+    half = len(sources) // 2
+    with ThreadPoolExecutor(1, thread_name_prefix="staging") as pool:
+        other = pool.submit(_copy_all, targets[half:], sources[half:])
+        _copy_all(targets[:half], sources[:half])
+        other.result()
+
+
+def _copy_all(targets: Sequence[torch.Tensor], sources: Sequence[torch.Tensor]) -> None:
+    if targets:
+        with torch.no_grad():
+            torch._foreach_copy_(list(targets), list(sources))
+
+
+def _num_cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _places(tensors: Mapping[str, Mapping[str, torch.Tensor]]) -> tuple[list[int], int]:
+    """Offset of each tensor in one memory, and the length of it all."""
+    places, end = [], 0
+    for named in tensors.values():
+        end = -(-end // _ALIGNMENT) * _ALIGNMENT
+        for tensor in named.values():
+            size = tensor.element_size()
+            places.append(-(-end // size) * size)
+            end = places[-1] + tensor.numel() * size
+    return places, end
+
+
+def _view(memory: torch.Tensor, at: int, like: torch.Tensor) -> torch.Tensor:
+    num_bytes = like.numel() * like.element_size()
+    return memory[at : at + num_bytes].view(like.dtype).view(like.shape)
+
+
+def _memory(num_bytes: int) -> torch.Tensor:
+    """Bytes that no forked process shares.
+
+    A worker forked while they are there would make the kernel copy every page at the next snapshot, and keep twice
+    the state in memory. What is not to be had of that is done without.
+    """
+    if num_bytes < _HUGE_BYTES or not hasattr(mmap, "MAP_PRIVATE"):
+        return torch.empty(num_bytes, dtype=torch.uint8)
+    pages = mmap.mmap(-1, num_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    for advice in (getattr(mmap, "MADV_HUGEPAGE", None), _MADV_WIPEONFORK if hasattr(mmap, "MADV_DONTFORK") else None):
+        if advice is not None:
+            with contextlib.suppress(OSError):
+                pages.madvise(advice)
+    return torch.frombuffer(pages, dtype=torch.uint8)
 
 
 def _copy(tensor: torch.Tensor) -> torch.Tensor:

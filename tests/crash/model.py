@@ -209,6 +209,15 @@ class Model:
 
     _renameat = _renameat2 = _rename
 
+    def _link(self, index: int, call: Call) -> None:
+        inode = self._find(call.path)
+        if inode is None:
+            raise UnmodelledCallError(f"{call} from outside the directory")
+        directory, name = self._parent(call.target)
+        self._do(index, Op(directory, name, inode))
+
+    _linkat = _link
+
     def _unlink(self, index: int, call: Call) -> None:
         directory, name = self._parent(call.path)
         self._do(index, Op(directory, name))

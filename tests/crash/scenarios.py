@@ -12,10 +12,14 @@ import shutil
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
+from unittest import mock
 
 import torch
 
 from resumable_trainer import EarlyStopping, Run, SnapshotPolicy, StateManager
+from resumable_trainer.manager import Facts
+from resumable_trainer.snapshot import unchanged
+from resumable_trainer.snapshot.layout import Position
 from resumable_trainer.snapshot.retention import to_delete
 
 if TYPE_CHECKING:
@@ -109,6 +113,18 @@ def _act(directory: Path, acknowledge: Acknowledge, *, steps: tuple[int, ...], w
         for step in steps:
             save(manager, values, step)
             acknowledge(name_of(step))
+
+
+def _act_unchanged(directory: Path, acknowledge: Acknowledge) -> None:
+    """A file that is the same each time is linked from the third snapshot on."""
+    values = Values()
+    with mock.patch.object(unchanged, "WORTH_BYTES", 0), manager_of(directory, values) as manager:
+        manager.restore()
+        for values.step in (3, 4, 5):
+            torch.manual_seed(values.step)
+            staged = manager.stage(manager.capture({"loop": {"same": torch.arange(40)}}))
+            manager.write(staged, Facts(Position(0, values.step, values.step)), background=False)
+            acknowledge(name_of(values.step))
 
 
 def _act_in_background(directory: Path, acknowledge: Acknowledge) -> None:
@@ -214,6 +230,7 @@ def _scenarios() -> Iterator[Scenario]:
     yield Scenario("in the background", _saved(1, 2), _act_in_background, (name_of(1), name_of(2)))
     before = tuple(name_of(step) for step in (1, 2, 3))
     yield Scenario("retention", _saved(1, 2, 3), partial(_act, steps=(4, 5)), before)
+    yield Scenario("unchanged files", _saved(1, 2), _act_unchanged, (name_of(1), name_of(2)))
     yield Scenario("sweep at the start", _prepare_sweep, partial(_act, steps=(3,)), (name_of(1), name_of(2)))
     yield Scenario("quarantine", _prepare_damaged, partial(_act, steps=(4,)), (name_of(1), name_of(2)))
     yield Scenario("going back", _saved(1, 2, 3), partial(_act, steps=(4,), which="1"), before, gives_up=before[1:])

@@ -124,6 +124,10 @@ def _no_digest_check(path: Path) -> Any:
     return verify.read_manifest(path)
 
 
+def _nothing_compared(*_args: object) -> None:
+    """As if every file were the one that was committed."""
+
+
 def _written_in_place(self: Store, name: str, *, token: str) -> Path:
     """Over the newest snapshot, as a single file `last.pt` would be."""
     final = self.path(name)
@@ -253,7 +257,11 @@ SEEDED: dict[str, tuple[tuple[object, str, Any], ...]] = {
     ),
     "retention before durable": ((Committer, "commit", _retention_before_durable),),
     "failed sync tried again": ((Files, "sync", _failed_sync_tried_again),),
-    "no digest check": ((store, "verify", _no_digest_check),),
+    "no digest check": (
+        (store, "verify", _no_digest_check),
+        (verify, "verify_file", _nothing_compared),
+        (verify, "check_digest", _nothing_compared),
+    ),
     "written in place": ((Store, "begin", _written_in_place), (store, "commit_directory", _already_in_place)),
     "journal not rewound": ((Record, "rewind", _rewind_nothing),),
     "generators restored too early": ((StateManager, "apply", _generators_too_early),),
@@ -266,7 +274,7 @@ SEEDED: dict[str, tuple[tuple[object, str, Any], ...]] = {
     "links followed": (
         (digest, "open_regular", _links_followed),
         (raw, "open_regular", _links_followed),
-        (verify, "_verify_file", _links_verified),
+        (verify, "verify_file", _links_verified),
     ),
     "offsets believed": ((RawTensorFile, "_parse", _offsets_believed),),
     "enums imported": ((tree._DECODERS, "$enum", _enums_imported),),

@@ -14,6 +14,7 @@ from crash_states import judge
 from faults import Bench, benches, make_ready
 from lab import HOSTILE, LAYERS, Count, Lab, run_layer, scratch_directory
 from model import Model, UnmodelledCallError
+from scenarios import SCENARIOS, name_of
 from seeded import EXPECTED, SCENARIOS_OF, SEEDED, seeded
 
 REASON = ptrace.why_not()
@@ -72,8 +73,16 @@ def test_the_model_catches_that_nothing_names_a_new_run_directory() -> None:
 
 
 def test_a_call_that_the_model_does_not_know_is_said_and_not_skipped(tmp_path: Path) -> None:
-    with pytest.raises(UnmodelledCallError, match="linkat"):
-        Model(tmp_path / "none", tmp_path / "run", [ptrace.Call("linkat", str(tmp_path / "run/a"), result=0)])
+    with pytest.raises(UnmodelledCallError, match="symlinkat"):
+        Model(tmp_path / "none", tmp_path / "run", [ptrace.Call("symlinkat", str(tmp_path / "run/a"), result=0)])
+
+
+def test_the_scenario_of_unchanged_files_links_them(tmp_path: Path) -> None:
+    scenario = SCENARIOS["unchanged files"]
+    scenario.prepare(tmp_path / "run")
+    scenario.act(tmp_path / "run", lambda name: None)
+    first, last = (tmp_path / "run/snapshots" / name_of(step) / "loop.safetensors" for step in (3, 5))
+    assert first.samefile(last)
 
 
 def test_a_disk_that_is_full_is_met_by_the_look_and_in_a_write() -> None:

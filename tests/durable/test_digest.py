@@ -104,11 +104,11 @@ def test_reading_leaves_no_descriptor_open_whatever_ends_it(tmp_path: Path, monk
     with pytest.raises(KeyboardInterrupt):
         interrupted()
 
-    def broken(fd: int, num_bytes: int) -> bytes:
+    def broken(fd: int, buffers: object) -> int:
         raise OSError(errno.EIO, "Input/output error")
 
     with monkeypatch.context() as patch:
-        patch.setattr(os, "read", broken)
+        patch.setattr(os, "readv", broken)
         with pytest.raises(OSError, match="Input/output error"):
             digest_file(tmp_path / "f")
     assert len(os.listdir("/proc/self/fd")) == before

@@ -90,7 +90,7 @@ def test_a_reader_that_follows_links_is_found_out(scratch: Path, monkeypatch: py
 
 
 def test_a_verdict_without_the_manifest_s_digests_is_found_out(scratch: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(verify, "_verify_file", lambda path, name, entry: None)
+    monkeypatch.setattr(verify, "verify_file", lambda path, name, entry: None)
     assert opened(scratch, "100,000 files that are not there")
 
 

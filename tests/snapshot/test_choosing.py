@@ -23,7 +23,7 @@ from resumable_trainer.snapshot.selected import select
 from resumable_trainer.snapshot.store import Store
 from resumable_trainer.snapshot.tensors import TensorFile, write_tensors
 from resumable_trainer.snapshot.tree import flatten, unflatten
-from resumable_trainer.snapshot.writer import encode_values, write_files
+from resumable_trainer.snapshot.writer import StateFiles
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -43,7 +43,7 @@ def save(
     name = snapshot_name(Position(epoch or 0, 0, step), epoch_complete=epoch is not None)
     temporary = store.begin(name, token="t")
     flat = flatten({"part": {"w": torch.arange(4.0)}})
-    write_files(Files(), temporary, flat, encode_values(flat))
+    StateFiles(flat).write(Files(), temporary)
     change(temporary)
     manifest = Manifest(
         run_id="r", generation=1, name=name, position=PositionFields(epoch=epoch or 0, batch=0, step=step),

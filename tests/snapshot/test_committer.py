@@ -22,8 +22,10 @@ from resumable_trainer.snapshot.layout import Position
 from resumable_trainer.snapshot.manifest import Best, from_bytes
 from resumable_trainer.snapshot.retention import kept_of, to_delete
 from resumable_trainer.snapshot.store import Store
+from resumable_trainer.snapshot.writer import StateFiles
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from pathlib import Path
 
 CALLS = ("make_directory", "create", "write", "sync", "close", "rename", "sync_directory")
@@ -187,6 +189,15 @@ def test_a_snapshot_of_another_line_at_the_same_position_is_set_aside_not_taken_
     assert [path.name for path in (tmp_path / "run/set-aside/line-1").iterdir() if path.is_dir()] == ["step-000000005"]
 
 
+class Rows:
+    """A journal whose `sync` is told."""
+
+    whole_file = None
+
+    def __init__(self, sync: Callable[[], None]) -> None:
+        self.sync = sync
+
+
 class Disk:
     """How much room there is: a disk on which every snapshot takes one unit."""
 
@@ -247,7 +258,7 @@ def test_the_estimate_covers_what_is_written(tmp_path: Path) -> None:
     manager, _ = make(tmp_path / "run")
     with manager:
         staged = manager.stage(manager.capture())
-        num_bytes, num_files = committer.size(staged, committer.encode_values(staged))
+        num_bytes, num_files = StateFiles(staged).size()
         save(manager, 1)
     written = list((tmp_path / "run/snapshots/step-000000001").iterdir())
     assert sum(path.stat().st_size for path in written) <= num_bytes
@@ -399,7 +410,7 @@ def test_rows_are_durable_before_the_manifest_that_counts_them_is_written(tmp_pa
     with manager:
         staged = manager.stage(manager.capture())
         done.clear()
-        manager.write(staged, Facts(Position(0, 1, 1)), background=False, before_commit=lambda: done.append("rows"))
+        manager.write(staged, Facts(Position(0, 1, 1)), background=False, rows=Rows(lambda: done.append("rows")))
         assert done[-2:] == ["rows", "manifest.json"]
         done.clear()
 
@@ -408,7 +419,7 @@ def test_rows_are_durable_before_the_manifest_that_counts_them_is_written(tmp_pa
             raise OSError(errno.EIO, "Input/output error")
 
         with pytest.raises(SnapshotWriteError, match="Input/output error"):
-            manager.write(staged, Facts(Position(0, 2, 2)), background=False, before_commit=failing)
+            manager.write(staged, Facts(Position(0, 2, 2)), background=False, rows=Rows(failing))
         assert done.count("rows") == 3
         assert "manifest.json" not in done
     assert names(tmp_path / "run") == ["step-000000001"]

@@ -28,7 +28,7 @@ from resumable_trainer.snapshot.retention import Kept, to_delete
 from resumable_trainer.snapshot.store import Store
 from resumable_trainer.snapshot.tensors import DTYPES, TensorFile, write_tensors
 from resumable_trainer.snapshot.tree import flatten, unflatten
-from resumable_trainer.snapshot.writer import encode_values, write_files
+from resumable_trainer.snapshot.writer import StateFiles
 from resumable_trainer.state.compare import differences
 
 if TYPE_CHECKING:
@@ -46,7 +46,7 @@ def save(store: Store, step: int, tree: Any = None) -> str:
     store.run_directory.mkdir(exist_ok=True)
     temporary = store.begin(name, token="t")
     flat = flatten({"part": {"w": torch.arange(40.0)} if tree is None else tree})
-    entries = write_files(Files(), temporary, flat, encode_values(flat))
+    entries = StateFiles(flat).write(Files(), temporary)
     manifest = Manifest(
         run_id="r", generation=1, name=name, position=PositionFields(epoch=0, batch=step, step=step),
         epoch_complete=False, parent=None, parent_digest=None, created="now", files=entries,
@@ -185,7 +185,7 @@ def test_what_would_not_be_read_back_is_not_written(tmp_path: Path, monkeypatch:
     flat = flatten({"part": {str(number): torch.tensor(number) for number in range(4)}})
     monkeypatch.setattr(writer, "MAX_STATE_BYTES", 10)
     with pytest.raises(UnsafeValueError, match="at most 10 are read back"):
-        encode_values(flat)
+        StateFiles(flat).size()
     monkeypatch.setattr(tensors, "MAX_TENSORS", 3)
     with pytest.raises(UnsafeValueError, match="has 4 tensors"), NewFile(tmp_path / "file", files=Files()) as file:
         write_tensors(file, flat.tensors["part"])
@@ -321,7 +321,9 @@ def test_names_sort_by_step_and_then_by_completeness(tmp_path: Path) -> None:
     ]
     for name in reversed(names):
         (tmp_path / "snapshots" / name).mkdir(parents=True)
-    for junk in ("step-7", "step-000000007-epoch-1", ".tmp-step-000000009-a", "step-0000000007", "x"):
+    junk_names = ["step-7", "step-000000007-epoch-1", ".tmp-step-000000009-a", "step-0000000007", "x"]
+    junk_names += ["step-000000007-epoch-0000001", "step-00000000\u0667", "step-000000007-epoch-00000\u0667"]
+    for junk in junk_names:
         (tmp_path / "snapshots" / junk).mkdir()
         assert parse_name(junk) is None
     assert Store(tmp_path).names() == names

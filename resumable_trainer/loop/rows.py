@@ -1,0 +1,93 @@
+"""Rows of training steps on their way to the metric journal: collected step by step, written together.
+
+One row per step is what every step pays for, so that a step only appends to lists. Rows with the same names differ in
+numbers alone: they are formatted in one go, into the bytes that the journal's own encoder would give.
+"""
+
+from __future__ import annotations
+
+import json
+from functools import lru_cache
+from math import isfinite
+from typing import TYPE_CHECKING
+
+from resumable_trainer.durable.journal import encode_row
+from resumable_trainer.loop.scalars import read_list
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from resumable_trainer.loop.scalars import PendingScalar, Scalar
+    from resumable_trainer.metrics.averages import RunningAverages
+
+_POSITION = ("step", "epoch", "batch")
+
+
+class StepRows:
+    """Rows that all hold the same names, in the order of their steps.
+
+    Args:
+        names: Names of the values.
+    """
+
+    def __init__(self, names: tuple[str, ...]) -> None:
+        self.names = names
+        self._positions: list[tuple[int, int, int]] = []
+        self._weights: list[int] = []
+        self._values: list[PendingScalar] = []  # row after row
+
+    def __len__(self) -> int:
+        return len(self._weights)
+
+    def add(self, position: tuple[int, int, int], weight: int, values: Mapping[str, PendingScalar]) -> None:
+        """One more row.
+
+        Args:
+            position: Step, epoch and batch.
+            weight: Samples of the batch.
+            values: By name, in the order of `names`; device tensors are read later.
+        """
+        self._positions.append(position)
+        self._weights.append(weight)
+        self._values += values.values()
+
+    def waits_for_device(self) -> bool:
+        """Whether a value is still on a device."""
+        return not all(type(value) is float or type(value) is int for value in self._values)
+
+    def add_to(self, averages: RunningAverages) -> None:
+        """Add all rows to running averages, one after the other: sums have the bits of that order."""
+        numbers, width = read_list(self._values), len(self.names)
+        for place, name in enumerate(self.names):
+            averages.add_column(name, numbers[place::width], self._weights)
+
+    def lines(self) -> bytes:
+        """The rows as lines of the journal."""
+        numbers, width = read_list(self._values), len(self.names)
+        try:
+            if all(map(isfinite, numbers)):
+                cells: list[Scalar] = []
+                for number, position in enumerate(self._positions):
+                    cells += position
+                    cells += numbers[number * width : (number + 1) * width]
+                return (_template(self.names) * len(self) % tuple(cells)).encode()
+        except (UnicodeEncodeError, OverflowError):  # half a surrogate pair in a name; an int that is no float
+            pass
+        return b"".join(
+            encode_row(
+                {
+                    "row": "step",
+                    **dict(zip(_POSITION, position, strict=True)),
+                    **dict(zip(self.names, numbers[number * width :], strict=False)),
+                }
+            )
+            for number, position in enumerate(self._positions)
+        )
+
+
+@lru_cache(maxsize=100)
+def _template(names: tuple[str, ...]) -> str:
+    """A line with a place for each number; `%s` gives floats and ints as JSON has them."""
+    fields = "".join(f",{json.dumps(name, ensure_ascii=False)}:\0" for name in (*_POSITION, *names))
+    text = '{"row":"step"' + fields + "}\n"
+    return text.replace("%", "%%").replace("\0", "%s")

@@ -1,0 +1,218 @@
+"""Plans: what was worked out about one state serves the next of the same structure.
+
+Between two snapshots of a training hardly ever more changes than bytes and a few numbers; names, references and the
+layout of ten thousand tensors would be worked out each time for nothing. A plan is made while a state is taken apart.
+The next state is walked again, its plain values are encoded afresh, and where the plan has tensors only what their
+encoding depends on is compared, in bulk: places, keys, types, dtypes, shapes, strides, devices, and which share memory.
+
+Policy: anything that differs, or cannot be compared, is taken apart in full. A plan holds no tensor and no address, so
+that replaced tensors are found, and none is kept alive.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from itertools import chain
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from resumable_trainer.snapshot.tree import Flat, Plain, TreeWriter
+
+if TYPE_CHECKING:
+    from collections.abc import Collection, Mapping, Sequence
+
+_TENSORS = {torch.Tensor, torch.nn.Parameter}
+_DICTS = (dict, Plain)
+_NAMES = {str}
+_PLACES = {str, int}
+
+
+class Planner:
+    """Takes states apart one after the other, each as `flatten` would."""
+
+    def __init__(self) -> None:
+        self._plan: _Plan | None = None
+
+    def flatten(self, sections: Mapping[str, object], apart: Mapping[str, Collection[str]] | None = None) -> Flat:
+        """Take named trees apart into values and tensors; arguments and errors are those of `tree.flatten`."""
+        apart = apart or {}
+        is_planned = self._plan is not None and self._plan.apart == apart
+        again = self._plan.follow(sections) if self._plan is not None and is_planned else None
+        if again is not None:
+            return again
+        self._plan = None
+        recorder = _Recorder(apart)
+        values = {name: recorder.section(name, tree) for name, tree in sections.items()}
+        self._plan = recorder.plan()
+        return Flat(values, recorder.found(), self._plan)
+
+
+@dataclass(frozen=True)
+class _Node:
+    """A tensor, or a dict that holds nothing but tensors, or nothing but such dicts: encoded as a whole.
+
+    Attributes:
+        section: Where it is.
+        path: And where in it.
+        kind: Its type, if it is a dict.
+        keys: Of the dict; None for a single tensor.
+        inner_keys: Keys of the dicts in it; None if it holds tensors.
+        encoded: Its typed JSON.
+    """
+
+    section: str
+    path: tuple[Any, ...]
+    kind: type | None
+    keys: list[Any] | None
+    inner_keys: list[list[str]] | None
+    encoded: Any
+
+    def is_at(self, section: str, path: tuple[Any, ...]) -> bool:
+        """Whether it stands at this place; True is no 1 here."""
+        return self.section == section and self.path == path and [*map(type, self.path)] == [*map(type, path)]
+
+
+@dataclass
+class _Recorder(TreeWriter):
+    """Takes a state apart, and takes note of what a plan needs."""
+
+    leaves: list[torch.Tensor] = field(default_factory=list)
+    marked: list[torch.Tensor] = field(default_factory=list)  # those in which it is said what is a parameter
+    nodes: list[_Node] = field(default_factory=list)
+    stored: dict[str, dict[str, int]] = field(default_factory=dict)  # file -> name -> number of its leaf
+    _is_within_node: bool = False
+
+    def value(self, value: object, path: tuple[Any, ...]) -> Any:
+        kind = type(value)
+        keys = _keys(value) if kind in _DICTS and not self._is_within_node else None  # type: ignore[arg-type]
+        if keys is None:
+            return super().value(value, path)
+        self._is_within_node = True
+        encoded = super().value(value, path)
+        self._is_within_node = False
+        self.nodes.append(_Node(self._section, path, kind, *keys, encoded))
+        return encoded
+
+    def tensor(self, tensor: torch.Tensor, path: tuple[Any, ...]) -> dict[str, Any]:
+        encoded = super().tensor(tensor, path)
+        self.leaves.append(tensor)
+        if not self._is_plain:
+            self.marked.append(tensor)
+        if not self._is_within_node:
+            self.nodes.append(_Node(self._section, path, None, None, None, encoded))
+        return encoded
+
+    def store(self, file: str, name: str, tensor: torch.Tensor) -> None:
+        super().store(file, name, tensor)
+        self.stored.setdefault(file, {})[name] = len(self.leaves)
+
+    def plan(self) -> _Plan | None:
+        """What the next state may follow; None if this one is too unusual."""
+        if not all({*map(type, node.path)} <= _PLACES for node in self.nodes):
+            return None
+        likeness = _likeness(self.leaves, self.marked)
+        stored = {file: self.stored[file] for file in self.found()}  # Invariant: files come in the order of `found`
+        return None if likeness is None else _Plan(self.apart, self.nodes, stored, likeness)
+
+
+@dataclass(frozen=True, eq=False)
+class _Plan:
+    apart: Mapping[str, Collection[str]]
+    nodes: list[_Node]
+    stored: dict[str, dict[str, int]]
+    likeness: tuple[Any, ...]
+
+    def follow(self, sections: Mapping[str, object]) -> Flat | None:
+        """The state taken apart; None if it has another structure."""
+        follower = _Follower(plan=self)
+        try:
+            values = {name: follower.section(name, tree) for name, tree in sections.items()}
+            is_like = _likeness(follower.leaves, follower.marked) == self.likeness
+        except Exception:  # noqa: BLE001 - taking it apart in full says what is wrong with it, if anything is
+            return None
+        if not is_like:
+            return None
+        live = follower.leaves
+        tensors = {
+            file: dict(zip(numbers, [live[number] for number in numbers.values()], strict=True))
+            for file, numbers in self.stored.items()
+        }
+        return Flat(values, tensors, self)
+
+
+class _DiffersError(Exception):
+    """The state is not as the plan has it."""
+
+
+@dataclass
+class _Follower(TreeWriter):
+    """Walks a state along a plan; collects its tensors in their order."""
+
+    plan: _Plan = field(kw_only=True)
+    leaves: list[torch.Tensor] = field(default_factory=list)
+    marked: list[torch.Tensor] = field(default_factory=list)
+    done: int = 0
+
+    def value(self, value: object, path: tuple[Any, ...]) -> Any:
+        kind = type(value)
+        if kind in _DICTS and self.done < len(self.plan.nodes):
+            node = self.plan.nodes[self.done]
+            if node.kind is kind and node.is_at(self._section, path):
+                return self._whole(value, node)  # type: ignore[arg-type]
+        return super().value(value, path)
+
+    def _whole(self, value: dict[Any, Any], node: _Node) -> Any:
+        if _keys(value) != (node.keys, node.inner_keys):
+            raise _DiffersError
+        inner = value.values()
+        leaves = list(inner) if node.inner_keys is None else [*chain.from_iterable(map(dict.values, inner))]
+        self.leaves += leaves
+        if node.kind is not Plain:
+            self.marked += leaves
+        self.done += 1
+        return node.encoded
+
+    def tensor(self, tensor: torch.Tensor, path: tuple[Any, ...]) -> dict[str, Any]:
+        node = self.plan.nodes[self.done]
+        if node.kind is not None or type(tensor) not in _TENSORS or not node.is_at(self._section, path):
+            raise _DiffersError
+        self.leaves.append(tensor)
+        if not self._is_plain:
+            self.marked.append(tensor)
+        self.done += 1
+        return node.encoded  # type: ignore[no-any-return]
+
+
+def _keys(value: dict[Any, Any]) -> tuple[list[Any], list[list[str]] | None] | None:
+    """Keys of a dict that is encoded as a whole, and of the dicts in it; None if it is not one."""
+    keys, inner = list(value), value.values()
+    kinds = {*map(type, inner)}
+    if kinds and kinds <= _TENSORS:
+        return (keys, None) if {*map(type, keys)} == _NAMES else None
+    if kinds != {dict} or not {*map(type, keys)} <= _PLACES:
+        return None
+    leaves = chain.from_iterable(map(dict.values, inner))
+    if not {*map(type, leaves)} <= _TENSORS or not {*map(type, chain.from_iterable(inner))} <= _NAMES:
+        return None
+    return keys, [*map(list, inner)]
+
+
+def _likeness(leaves: Sequence[torch.Tensor], marked: Sequence[torch.Tensor]) -> tuple[Any, ...] | None:
+    """All that names, references and encodings of tensors depend on; None for tensors that are not planned with.
+
+    Two tensors at one address are told apart by shape and stride, which are compared too.
+    """
+    dtypes = [leaf.dtype for leaf in leaves]
+    if any(dtype.is_complex for dtype in {*dtypes}) or any(map(torch.Tensor.is_neg, leaves)):
+        return None  # they may be views that negate or conjugate when they are read
+    addresses = [*map(torch.Tensor.data_ptr, leaves)]
+    shared: list[int] | None = None
+    if len({*addresses}) < len(addresses):
+        first: dict[int, int] = {}
+        shared = [first.setdefault(address, number) for number, address in enumerate(addresses)]
+    strides = None if all(map(torch.Tensor.is_contiguous, leaves)) else [leaf.stride() for leaf in leaves]
+    parameters = [type(leaf) is torch.nn.Parameter for leaf in marked]
+    trained = [leaf.requires_grad for leaf in marked] if any(parameters) else None
+    places = [leaf.device for leaf in leaves]
+    return dtypes, [leaf.shape for leaf in leaves], strides, places, shared, parameters, trained

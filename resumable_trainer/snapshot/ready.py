@@ -1,0 +1,41 @@
+"""The files of a snapshot as bytes in memory, ready to be written. Free of torch."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from resumable_trainer.durable.files import Files, write_new_file
+from resumable_trainer.snapshot.manifest import FileEntry
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+    from pathlib import Path
+
+_MANIFEST_BYTES = 65536
+
+
+class ReadyFiles:
+    """Content of a snapshot, all files but the manifest.
+
+    Args:
+        files: Bytes by name of the file.
+    """
+
+    def __init__(self, files: Mapping[str, bytes]) -> None:
+        self._files = files
+
+    def size(self) -> tuple[int, int]:
+        """Bytes that it takes, the manifest included, and how many new files and directories."""
+        return sum(map(len, self._files.values())) + _MANIFEST_BYTES, len(self._files) + 2
+
+    def write(self, files: Files, directory: Path) -> dict[str, FileEntry]:
+        """Write and sync every file; what the manifest is to say of each.
+
+        Raises:
+            OSError: A file could not be made durable; the directory is to be thrown away.
+        """
+        entries = {}
+        for name, data in self._files.items():
+            digest = write_new_file(files, directory / name, data)
+            entries[name] = FileEntry(num_bytes=digest.num_bytes, digest=digest.digest)
+        return entries

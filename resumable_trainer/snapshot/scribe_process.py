@@ -1,0 +1,100 @@
+"""The scribe's own process: waits for orders, commits, answers; see `scribe`. Free of torch."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import os
+import signal
+import socket
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from resumable_trainer.durable.files import Files
+from resumable_trainer.durable.lock import check_still_ours
+from resumable_trainer.errors import ResumableTrainerError
+from resumable_trainer.snapshot.committer import Committer, Hooks, delete_each
+from resumable_trainer.snapshot.layout import RUN_LOCK
+from resumable_trainer.snapshot.manifest import Manifest
+from resumable_trainer.snapshot.ready import ReadyFiles
+from resumable_trainer.snapshot.retention import kept_of
+from resumable_trainer.snapshot.scribe import REMEMBERED, receive, send
+from resumable_trainer.snapshot.store import Store
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from resumable_trainer.snapshot.manifest import FileEntry
+
+_PR_SET_PDEATHSIG = 1
+_NICE = 0
+_IGNORED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1, signal.SIGUSR2)
+
+
+class _Desk:
+    """Carries out orders for one run directory."""
+
+    def __init__(self, begin: Mapping[str, Any]) -> None:
+        directory = Path(begin["directory"])
+        device, inode, generation = begin["lock"]
+        self._files = Files()
+        self._remembered: dict[str, Any] = {}
+        self._store = Store(directory, files=self._files)
+        self._check = partial(check_still_ours, directory / RUN_LOCK, (device, inode), generation)
+        # Opened once and kept: a descriptor learns of every error that the kernel meets after its opening.
+        self._rows = -1 if begin["rows"] is None else os.open(begin["rows"], os.O_RDONLY | os.O_CLOEXEC)
+
+    def carry_out(self, order: Mapping[str, Any], files: Mapping[str, bytes]) -> dict[str, Any]:
+        """Commit one snapshot, delete what is not to stay, and tell."""
+        notes: list[tuple[str, dict[str, Any]]] = []
+        fields = {**self._remembered, **order["manifest"]}
+        self._remembered = {name: fields[name] for name in REMEMBERED}
+
+        def note(event: str, **fields: Any) -> None:
+            notes.append((event, fields))
+
+        def manifest(entries: Mapping[str, FileEntry]) -> Manifest:
+            return Manifest.model_validate({**fields, "files": entries})
+
+        facts = kept_of(manifest({}))
+        hooks = Hooks(check=self._check, before_manifest=self._sync_rows, manifest=manifest, note=note)
+        committer = Committer(self._store, files=self._files, retain=lambda _: [])  # its owner knows what stays
+        written = committer.commit(ReadyFiles(files), facts, hooks)
+        assert written is not None
+        delete_each(self._store, order["delete"], note)
+        return {"own_digest": written.own_digest, "num_bytes": written.total_bytes, "notes": notes}
+
+    def _sync_rows(self) -> None:
+        if self._rows >= 0:
+            self._files.sync(self._rows)
+
+
+def main() -> None:
+    """Serve until the owner closes the connection, or dies."""
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    for number in _IGNORED:
+        signal.signal(number, signal.SIG_IGN)
+    with contextlib.suppress(OSError):
+        # As ready as others to run, but it interrupts nobody: woken by an order, it would begin on the training's core.
+        os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
+    with socket.socket(fileno=0) as connection:
+        received = receive(connection)
+        if received is None:
+            return
+        begin, _ = received
+        if os.getppid() != begin["parent"]:
+            return  # it died before we could tie ourselves to it
+        desk = _Desk(begin)
+        send(connection, {"ready": True})
+        while (received := receive(connection)) is not None:
+            try:
+                answer = desk.carry_out(*received)
+            except (OSError, ValueError, ResumableTrainerError) as error:
+                answer = {"failed": f"{type(error).__name__}: {error}"}
+            send(connection, answer)
+
+
+if __name__ == "__main__":
+    with contextlib.suppress(ConnectionError):
+        main()

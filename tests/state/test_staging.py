@@ -1,0 +1,198 @@
+"""Staged tensors are copies, lie one behind the other, and stay what they were whatever happens to the live ones."""
+
+from __future__ import annotations
+
+import os
+import threading
+from typing import Any
+
+import pytest
+import torch
+
+from resumable_trainer.state import staging
+from resumable_trainer.state.compare import same_bytes
+from resumable_trainer.state.staging import Arena
+
+Named = dict[str, dict[str, torch.Tensor]]
+
+
+def tensors() -> Named:
+    return {
+        "model": {
+            "odd": torch.arange(5, dtype=torch.uint8),
+            "wide": torch.randn(3),
+            "deep": torch.arange(3),
+            "scalar": torch.tensor(2.5, dtype=torch.float64),
+            "empty": torch.empty(0, 3),
+            "flag": torch.tensor([True, False]),
+            "half": torch.randn(7).bfloat16(),
+        },
+        "optimizer": {
+            "transposed": torch.arange(6.0).reshape(2, 3).t(),
+            "parameter": torch.nn.Parameter(torch.randn(4)),
+            "conjugate": torch.randn(2, dtype=torch.complex64).conj(),
+            "slice": torch.arange(10.0)[::3],
+        },
+    }
+
+
+def equal(staged: Named, live: Named) -> bool:
+    return {section: list(named) for section, named in staged.items()} == {s: list(n) for s, n in live.items()} and all(
+        same_bytes(staged[section][name], tensor) for section, named in live.items() for name, tensor in named.items()
+    )
+
+
+def test_what_is_staged_has_the_bytes_of_then_in_memory_of_its_own() -> None:
+    live, arena = tensors(), Arena()
+    staged = arena.stage(live)
+    assert equal(staged, live)
+    before = {s: {n: t.clone() for n, t in named.items()} for s, named in live.items()}
+    with torch.no_grad():
+        for named in live.values():
+            for tensor in named.values():
+                tensor.copy_(torch.ones(()))
+    assert equal(staged, before)
+    assert all(not t.requires_grad and t.is_contiguous() for named in staged.values() for t in named.values())
+
+
+def test_tensors_of_a_section_lie_one_behind_the_other() -> None:
+    staged = Arena().stage({"s": {str(n): torch.full((n,), float(n)) for n in range(1, 9)}})["s"]
+    end = staged["1"].data_ptr()
+    for tensor in staged.values():
+        assert tensor.data_ptr() == end
+        end += tensor.numel() * 4
+
+
+def test_the_same_memory_and_the_same_dicts_come_again_while_the_layout_stays() -> None:
+    arena = Arena()
+    first = arena.stage(tensors())
+    addresses = [t.data_ptr() for named in first.values() for t in named.values()]
+    live = tensors()
+    again = arena.stage(live)
+    assert again is first
+    assert all(again[section] is first[section] for section in first)
+    assert [t.data_ptr() for named in again.values() for t in named.values()] == addresses
+    assert equal(again, live)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda live: live["model"].update(wide=torch.randn(4)),
+        lambda live: live["model"].update(wide=torch.randn(3, 1)),
+        lambda live: live["model"].update(wide=torch.ones(3, dtype=torch.int32)),
+        lambda live: live["model"].update(new=torch.ones(1)),
+        lambda live: live["model"].pop("odd"),
+        lambda live: live.pop("optimizer"),
+        lambda live: live.update(zoo=live.pop("model")),
+        lambda live: live["model"].update(new=live["model"].pop("wide")),
+        lambda live: live.update(large={"x": torch.randn(1_000_000)}),
+        lambda live: live.clear(),
+    ],
+)
+def test_another_layout_gets_dicts_of_its_own_and_is_exact(change: Any) -> None:
+    arena, live = Arena(), tensors()
+    first = arena.stage(live)
+    change(live)
+    staged = arena.stage(live)
+    assert staged is not first
+    assert all(staged[section] is not first.get(section) for section in staged)
+    assert equal(staged, live)
+    last = tensors()
+    assert equal(arena.stage(last), last)
+
+
+def test_a_structure_that_is_the_very_same_object_stands_for_an_equal_layout() -> None:
+    arena, structure = Arena(), object()
+    first = arena.stage(tensors(), structure=structure)
+    live = tensors()
+    assert arena.stage(live, structure=structure) is first
+    assert equal(first, live)
+    grown = tensors() | {"more": {"x": torch.randn(3)}}
+    assert equal(arena.stage(grown, structure=object()), grown)
+    assert equal(arena.stage(live, structure=None), live)
+    assert equal(arena.stage(grown, structure=structure), grown), "it stands for nothing once another came between"
+
+
+def test_an_equal_structure_is_not_compared_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    arena, structure = Arena(), object()
+    arena.stage(tensors(), structure=structure)
+    monkeypatch.delattr(Arena, "_lay_out")
+    live = tensors()
+    assert equal(arena.stage(live, structure=structure), live)
+    with pytest.raises(AttributeError):
+        arena.stage(live, structure=object())
+
+
+def test_memory_that_has_become_much_too_large_is_given_back() -> None:
+    arena = Arena()
+    arena.stage({"s": {"x": torch.ones(40 << 20, dtype=torch.uint8)}})
+    assert arena._memory.numel() == 40 << 20
+    arena.stage({"s": {"x": torch.ones(10, dtype=torch.uint8)}})
+    assert arena._memory.numel() == 10
+
+
+@pytest.mark.parametrize("cores", [1, 2])
+def test_many_tensors_are_all_copied_however_many_cores_there_are(monkeypatch: pytest.MonkeyPatch, cores: int) -> None:
+    monkeypatch.setattr(staging, "_num_cores", lambda: cores)
+    live = {"s": {str(n): torch.randn(n % 7) for n in range(2 * staging._MANY_TENSORS + 1)}}
+    assert equal(Arena().stage(live), live)
+
+
+def test_an_error_of_the_other_thread_is_raised(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(staging, "_num_cores", lambda: 2)
+    copy = staging._copy_all
+
+    def failing(targets: Any, sources: Any) -> None:
+        if threading.current_thread() is not threading.main_thread():
+            raise MemoryError("the other half")
+        copy(targets, sources)
+
+    monkeypatch.setattr(staging, "_copy_all", failing)
+    with pytest.raises(MemoryError, match="the other half"):
+        Arena().stage({"s": {str(n): torch.ones(1) for n in range(staging._MANY_TENSORS)}})
+
+
+def test_cores_are_counted_where_the_system_does_not_say_which_are_ours(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(os, "sched_getaffinity", raising=False)
+    assert staging._num_cores() == os.cpu_count()
+
+
+@pytest.mark.parametrize("num_bytes", [1000, staging._HUGE_BYTES])
+def test_a_forked_process_stages_into_pages_of_its_own_and_changes_nothing_here(num_bytes: int) -> None:
+    arena, live = Arena(), {"s": {"x": torch.full((num_bytes,), 7, dtype=torch.uint8)}}
+    staged = arena.stage(live)
+    child = os.fork()
+    if child == 0:
+        code = 1
+        try:
+            live["s"]["x"].fill_(9)
+            code = 0 if equal(arena.stage(live), live) else 2
+        finally:
+            os._exit(code)
+    assert os.waitpid(child, 0)[1] == 0
+    assert bool((staged["s"]["x"] == 7).all())
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/smaps"), reason="needs smaps")
+def test_large_memory_is_not_shared_with_forked_processes() -> None:
+    """Shared pages are copied at the next snapshot, each by a fault, and then are there twice."""
+    memory = staging._memory(staging._HUGE_BYTES)
+    flags = ""
+    with open("/proc/self/smaps") as smaps:
+        inside = False
+        for line in smaps:
+            words = line.split()
+            if "-" in words[0] and not words[0].endswith(":"):
+                begin, end = (int(word, 16) for word in words[0].split("-"))
+                inside = begin <= memory.data_ptr() < end
+            elif inside and line.startswith("VmFlags"):
+                flags = line
+    assert " wf" in flags
+
+
+def test_a_system_that_knows_no_advice_stages_all_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(staging, "_MADV_WIPEONFORK", 12345)
+    assert staging._memory(staging._HUGE_BYTES).numel() == staging._HUGE_BYTES
+    monkeypatch.delattr(staging.mmap, "MAP_PRIVATE")
+    assert staging._memory(staging._HUGE_BYTES).numel() == staging._HUGE_BYTES
