@@ -35,6 +35,7 @@ _CONSEQUENCE = {
     "steps": "numbers may differ in the last bits",
     "compiled for": "numbers may differ in the last bits",
 }
+OF_STEPS = ("steps", "compiled for")
 EAGER = {"steps": "eager"}
 """How a training steps that does not say so: facts are recorded of compiled steps alone."""
 

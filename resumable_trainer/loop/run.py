@@ -684,7 +684,7 @@ class Run:
             best=self._record.best,
             metrics=opening.json_values(self._record.last_epoch_values),
             settings=self._settings,
-            depends_on=self._facts,
+            depends_on=self._facts if not self.says_how_it_steps else self._said_before() | self._facts,
             saved_by=self._versions,
         )
 
@@ -716,6 +716,10 @@ class Run:
         data = [fact for fact in self._saved_facts if fact == "data" or fact.startswith("data ")]
         same = all(self._facts.get(fact, self._saved_facts[fact]) == self._saved_facts[fact] for fact in data)
         return self._saved_facts.get(name) if same else None
+
+    def _said_before(self) -> dict[str, Any]:
+        """How the run stepped before: of a launch that has not trained a batch yet, nothing else is known."""
+        return {name: self._saved_facts[name] for name in identity.OF_STEPS if name in self._saved_facts}
 
     def leave_if_asked(self, where: str) -> None:
         """Follow a notice within a batch's body; what was trained since the last snapshot is trained again.

@@ -83,9 +83,13 @@ def lines(capsys: pytest.CaptureFixture[str], word: str) -> list[str]:
     return [line for line in capsys.readouterr().err.splitlines() if line.startswith(word)]
 
 
-def steps_fact(directory: Path) -> object:
+def facts_of(directory: Path) -> dict[str, Any]:
     store = Store(directory)
-    return store.manifest(store.names()[-1]).depends_on.get("steps")
+    return store.manifest(store.names()[-1]).depends_on
+
+
+def steps_fact(directory: Path) -> object:
+    return facts_of(directory).get("steps")
 
 
 # -- exactness ------------------------------------------------------------------------------------------
@@ -487,6 +491,26 @@ def test_a_resumed_compiled_run_says_nothing_of_drift(
     run = at("run")
     train(run, "adam", epochs=1)
     train(run, "adam", epochs=2, progress=None)
+    assert lines(capsys, "drift") == []
+
+
+def test_a_launch_that_trains_no_batch_forgets_nothing_of_the_steps_before(
+    at: Callable[[str], Path], capsys: pytest.CaptureFixture[str], interpreted: None
+) -> None:
+    run = at("run")
+
+    def settings() -> dict[str, Any]:
+        policy = SnapshotPolicy(every_epochs=None, every_steps=7, background=False)
+        return {**compiled_jobs.adam(), "scheduler": None, "snapshots": policy}
+
+    with pytest.raises(KeyboardInterrupt):
+        train(run, "adam", kill=7, **settings())
+    train(run, "adam", epochs=1, **settings())  # the evaluation alone
+    facts = facts_of(run)
+    assert str(facts["steps"]).startswith("compiled (")
+    assert facts["compiled for"] == "float32[8, 6], float32[8, 1]"
+    capsys.readouterr()
+    train(run, "adam", epochs=2, progress=None, **settings())
     assert lines(capsys, "drift") == []
 
 
