@@ -32,7 +32,12 @@ _CONSEQUENCE = {
     "determinism": "numbers may differ in the last bits",
     "precision": "numbers may differ in the last bits",
     "seed": "the order of data differs from here on",
+    "steps": "numbers may differ in the last bits",
+    "compiled for": "numbers may differ in the last bits",
 }
+OF_STEPS = ("steps", "compiled for")
+EAGER = {"steps": "eager"}
+"""How a training steps that does not say so: facts are recorded of compiled steps alone."""
 
 
 def current_facts(command: Command, *, seed: int, state: Mapping[str, object]) -> dict[str, Any]:

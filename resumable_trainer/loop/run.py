@@ -103,6 +103,7 @@ class Run:
         self._screen = Progress.for_choice(progress)
         self._strict = strict or launch.process.handover.strict
         self._clock: Callable[[], float] = time.monotonic
+        self.says_how_it_steps = False  # a Trainer that compiles its steps does, when it knows
         self._reset()
 
     def _reset(self) -> None:
@@ -177,7 +178,8 @@ class Run:
         if report.manifest is None:
             lines += opening.lost_snapshots(self.directory)
             opening.start_afresh(self._record, self._seed)
-            self._screen.say([*lines, *screen.banner(self.directory, self._state, self._facts)])
+            lines += screen.banner(self.directory, self._state, self._facts)
+            self._screen.say(lines + ([] if self.says_how_it_steps else screen.advice(self._state)))
         else:
             self._screen.say(lines)
             self._resume(report)
@@ -214,8 +216,9 @@ class Run:
 
     def _drift_since(self, manifest: Manifest) -> list[str]:
         """What the run depends on and has changed since a snapshot; refused if `strict` is set."""
-        self._saved_facts = manifest.depends_on
-        drift = identity.drift(self._saved_facts, self._facts)
+        self._saved_facts = {**identity.EAGER, **manifest.depends_on}
+        facts = self._facts if self.says_how_it_steps else identity.EAGER | self._facts
+        drift = identity.drift(self._saved_facts, facts)
         drift += identity.settings_drift(manifest.settings, self._settings)
         self._refuse_drift(drift)
         return drift
@@ -683,7 +686,7 @@ class Run:
             best=self._record.best,
             metrics=opening.json_values(self._record.last_epoch_values),
             settings=self._settings,
-            depends_on=self._facts,
+            depends_on=self._facts if not self.says_how_it_steps else self._said_before() | self._facts,
             saved_by=self._versions,
         )
 
@@ -694,11 +697,43 @@ class Run:
         name = "data" if number == 0 else f"data {number + 1}"
         if name in self._facts:
             return
-        self._facts[name] = source.fingerprint()
         self._screen.say([f"data    {source.describe()}"])
-        drift = identity.drift({name: self._saved_facts[name]} if name in self._saved_facts else {}, self._facts)
-        self._refuse_drift(drift)
-        self._screen.say(screen.drift(drift))
+        self.depend_on(name, source.fingerprint())
+
+    def depend_on(self, name: str, value: object) -> None:
+        """Record a fact that the numbers depend on; what it was in the snapshot is compared once per launch.
+
+        Raises:
+            DriftError: It has changed since the snapshot, and `strict` is set.
+        """
+        first = name not in self._facts
+        self._facts[name] = value
+        if first and name in self._saved_facts:
+            drift = identity.drift({name: self._saved_facts[name]}, self._facts)
+            self._refuse_drift(drift)
+            self._screen.say(screen.drift(drift))
+
+    def remembered(self, name: str) -> Any:
+        """A fact as the snapshot has it; None if it has none, or if the data are others now."""
+        data = [fact for fact in self._saved_facts if fact == "data" or fact.startswith("data ")]
+        same = all(self._facts.get(fact, self._saved_facts[fact]) == self._saved_facts[fact] for fact in data)
+        return self._saved_facts.get(name) if same else None
+
+    def _said_before(self) -> dict[str, Any]:
+        """How the run stepped before: of a launch that has not trained a batch yet, nothing else is known."""
+        return {name: self._saved_facts[name] for name in identity.OF_STEPS if name in self._saved_facts}
+
+    def leave_if_asked(self, where: str) -> None:
+        """Follow a notice within a batch's body; what was trained since the last snapshot is trained again.
+
+        For code that a notice may have broken: a Trainer's compiler gets the signals of the terminal, too.
+        """
+        if notices.leave is not None:
+            self._leave(notices.leave, where)
+
+    def say(self, line: str) -> None:
+        """Show a line for a person, above the bars."""
+        self._screen.say([line])
 
     # -- people and endings -----------------------------------------------------------------------
 

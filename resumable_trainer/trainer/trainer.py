@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from resumable_trainer.loop.triggers import SnapshotPolicy
     from resumable_trainer.metrics.early_stopping import EarlyStopping
     from resumable_trainer.metrics.history import History
+    from resumable_trainer.trainer.compiled import CompiledSteps
 
 Metric = "Callable[[torch.Tensor, torch.Tensor], torch.Tensor | float]"
 
@@ -55,6 +56,11 @@ class Trainer:
             `test_` before them.
         progress: As for `Run`.
         strict: As for `Run`.
+        compile: Make forward, loss, backward and update one compiled step, several times faster for small
+            models: SGD, Adam and AdamW, on a CPU with a C++ compiler or a CUDA device. What cannot be
+            compiled exactly is said in one line and runs eagerly. Numbers differ from an eager run's
+            in the last bits. Loads machine code that this user's own runs have compiled (`compiled/` in the run
+            directory, sealed with a secret in the user's cache directory).
 
     Raises:
         SettingsError: Illegal settings, all problems at once.
@@ -82,6 +88,7 @@ class Trainer:
         early_stopping: EarlyStopping | None = None,
         progress: bool | None = None,
         strict: bool = False,
+        compile: bool = False,
     ) -> None:
         self._model, self._loss_fn, self._optimizer = model, loss_fn, optimizer
         self._train_data, self._test_data = train_data, test_data
@@ -100,6 +107,21 @@ class Trainer:
             early_stopping=early_stopping,
             progress=progress,
             strict=strict,
+        )
+        self._compiled = self._steps() if compile else None
+
+    def _steps(self) -> CompiledSteps:
+        from resumable_trainer.trainer.compiled import CompiledSteps
+
+        self._run.says_how_it_steps = True
+        return CompiledSteps(
+            self._run,
+            model=self._model,
+            loss_fn=self._loss_fn,
+            optimizer=self._optimizer,
+            metrics=self._metrics,
+            clip=self._clip,
+            accumulate=self._accumulate,
         )
 
     def _check(
@@ -127,6 +149,8 @@ class Trainer:
             The history of the whole run, earlier launches included.
         """
         with self._run as run:
+            if self._compiled is not None:
+                self._compiled.begin_run()
             for _ in run.epochs(epochs):
                 self._model.train()
                 self._train_epoch()
@@ -141,10 +165,22 @@ class Trainer:
             self._optimizer.zero_grad()
         tensors = _is_tensors(self._train_data)
         settings: dict[str, Any] = {"batch_size": self._batch_size, "shuffle": self._shuffle} if tensors else {}
+        train = self._train_batch
+        if self._compiled is not None:
+            self._compiled.begin_epoch()
+            train = self._train_compiled
         for inputs, targets in run.batches(self._train_data, **settings):
-            self._train_batch(inputs, targets, step=(run.batch + 1) % accumulate == 0)
+            train(inputs, targets, step=(run.batch + 1) % accumulate == 0)
         if run.batch % accumulate:
             self._step()
+
+    def _train_compiled(self, inputs: Any, targets: Any, *, step: bool) -> None:
+        assert self._compiled is not None
+        values = self._compiled.train(self._moved(inputs), self._moved(targets))
+        if values is None:
+            self._train_batch(inputs, targets, step=step)
+        else:
+            self._run.log(**values)
 
     def _train_batch(self, inputs: Any, targets: Any, *, step: bool) -> None:
         inputs, targets = self._moved(inputs), self._moved(targets)

@@ -83,3 +83,12 @@ def test_it_stops_early_and_goes_on_with_more_patience(tmp_path: Path) -> None:
 def test_illegal_settings_are_listed_all_at_once(tmp_path: Path) -> None:
     with pytest.raises(SettingsError, match=r"accumulate is 0.*clip_grad_norm is -1.*'model' is the trainer's own"):
         trainer(tmp_path / "run", accumulate=0, clip_grad_norm=-1.0, state={"model": nn.Linear(1, 1)})
+
+
+def test_who_asks_for_compiled_steps_gets_no_advice_on_the_optimizer(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name, compiled in (("eager", False), ("compiled", True)):
+        trainer(tmp_path / name, progress=None, compile=compiled).fit(epochs=0)
+        said = [line for line in capsys.readouterr().err.splitlines() if line.startswith("advice")]
+        assert bool(said) is not compiled
