@@ -99,6 +99,7 @@ class Trainer:
         parts = {"model": model, "optimizer": optimizer, **({} if scheduler is None else {"scheduler": scheduler})}
         self._check(accumulate, clip_grad_norm, state or {}, parts)
         self._device = torch.device(device) if device is not None else _device_of(model)
+        self._on_cpu = self._device.type == "cpu"
         self._run = Run(
             run_dir,
             state={**parts, **(state or {})},
@@ -170,7 +171,7 @@ class Trainer:
             self._compiled.begin_epoch()
             train = self._train_compiled
         for inputs, targets in run.batches(self._train_data, **settings):
-            train(inputs, targets, step=(run.batch + 1) % accumulate == 0)
+            train(inputs, targets, step=accumulate == 1 or (run.batch + 1) % accumulate == 0)
         if run.batch % accumulate:
             self._step()
 
@@ -189,6 +190,9 @@ class Trainer:
         (loss if self._accumulate == 1 else loss / self._accumulate).backward()  # type: ignore[no-untyped-call]
         if step:
             self._step()
+        if not self._metrics:
+            self._run.log(loss=loss)
+            return
         with torch.no_grad():
             values = {name: metric(outputs, targets) for name, metric in self._metrics.items()}
         self._run.log(loss=loss, **values)
@@ -228,6 +232,8 @@ class Trainer:
 
     def _moved(self, value: Any) -> Any:
         if isinstance(value, torch.Tensor):
+            if self._on_cpu and value.is_cpu:  # quicker to see than that two devices are equal
+                return value
             return value if value.device == self._device else value.to(self._device, non_blocking=True)
         if isinstance(value, dict):
             return {key: self._moved(inner) for key, inner in value.items()}
