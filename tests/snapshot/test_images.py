@@ -68,6 +68,12 @@ def test_memories_that_happen_to_touch_are_pieces_of_their_own(tmp_path: Path) -
     assert len(Image(halves)._pieces) == 3
 
 
+def test_a_file_of_nothing_but_empty_tensors_is_its_header(tmp_path: Path) -> None:
+    image = Image({"a": torch.empty(0, 3), "b": torch.empty(2, 0)})
+    assert len(image._pieces) == 1
+    assert written(tmp_path / "f", image)[-1:] in b"} "
+
+
 def test_an_image_follows_its_tensors(tmp_path: Path) -> None:
     named = {"w": torch.zeros(3)}
     image = Image(named)
