@@ -7,7 +7,7 @@ that is an order of magnitude less.
 
 from __future__ import annotations
 
-from itertools import repeat
+from itertools import chain, repeat
 from operator import itemgetter
 from typing import TYPE_CHECKING, Any
 
@@ -96,9 +96,11 @@ class TensorSource(Stateless):
             batches = gathered(self._tensors, block, self._batch_size)
             yield from map(self._wrap, batches) if self._wrap else batches
 
-    def weight(self, batch: Any) -> int:
-        """Samples in a batch."""
-        return len(batch) if self._wrap else len(batch[0])
+    def weighed(self, *, epoch: int, start: int = 0) -> Iterator[tuple[Any, int]]:
+        """Batches from number `start` of the epoch on, each with its number of samples."""
+        end = min(self.num_batches() * self._batch_size, self._num_samples)
+        full, rest = divmod(end - start * self._batch_size, self._batch_size)
+        return zip(self.batches(epoch=epoch, start=start), chain(repeat(self._batch_size, full), (rest,)), strict=False)
 
     def _order(self, epoch: int) -> torch.Tensor:
         if self._shuffle:

@@ -27,6 +27,9 @@ class Source(Protocol):
     def batches(self, *, epoch: int, start: int = 0) -> Iterator[Any]:
         """Batches from number `start` of the epoch on."""
 
+    def weighed(self, *, epoch: int, start: int = 0) -> Iterator[tuple[Any, int]]:
+        """The same, each with its weight."""
+
     def num_batches(self) -> int | None:
         """Batches per epoch; None if that cannot be known."""
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 
@@ -10,6 +10,10 @@ class Stateless:
     """The part of a source that has nothing to remember and nothing to release."""
 
     skip_cost: str | None = None
+
+    def batches(self, *, epoch: int, start: int = 0) -> Iterator[Any]:
+        """Batches from number `start` of the epoch on."""
+        raise NotImplementedError
 
     def capture(self, *, epoch_complete: bool) -> object | None:
         """Nothing: the position says it all."""
@@ -21,6 +25,10 @@ class Stateless:
     def weight(self, batch: Any) -> int:
         """Samples in a batch, as far as can be seen."""
         return num_samples(batch)
+
+    def weighed(self, *, epoch: int, start: int = 0) -> Iterator[tuple[Any, int]]:
+        """Batches from number `start` of the epoch on, each with its weight."""
+        return ((batch, self.weight(batch)) for batch in self.batches(epoch=epoch, start=start))
 
     def close(self) -> None:
         """Nothing to do."""

@@ -42,12 +42,6 @@ class Cursor:
         """The position in the words of the contract."""
         return Position(self.epoch, self.batch, self.step)
 
-    def count_batch(self, loop: BatchLoop) -> None:
-        """A batch's body is finished."""
-        loop.done += 1
-        self.batch += 1
-        self.step += 1
-
     def next_epoch(self) -> None:
         """An epoch's body is finished."""
         self.epoch += 1

@@ -24,15 +24,19 @@ class Progress:
     Args:
         style: "bar", "lines" or "silent".
         clock: Seconds; for tests.
+
+    Attributes:
+        clock: Seconds.
+        due_at: From when on `refresh` is to be called; every batch looks at it.
     """
 
     def __init__(self, style: str, *, clock: Callable[[], float] = time.monotonic) -> None:
-        self._style, self._clock = style, clock
+        self._style, self.clock = style, clock
         self._epochs: Any = None
         self._batches: Any = None
         self._total_epochs = 0
+        self.due_at = 0.0
         self._drawn = self._said = clock()
-        self._uncounted = 0
         self._make_batches: Callable[[], Any] | None = None  # the bar of the epoch under way, until it is needed
 
     @classmethod
@@ -60,7 +64,6 @@ class Progress:
 
     def begin_batches(self, epoch: int, total: int | None, done: int) -> None:
         """The loop over an epoch's batches begins, `done` of `total` lie behind."""
-        self._uncounted = 0
         if self._style == "bar":
             self._make_batches = partial(
                 _bars(),
@@ -71,38 +74,33 @@ class Progress:
                 file=sys.stderr,
                 leave=False,
             )
-            if self._clock() - self._drawn >= _REFRESH_SECONDS:
+            if self.clock() - self._drawn >= _REFRESH_SECONDS:
                 self._show_batches()  # else it may be over before anybody could read it
 
     def _show_batches(self) -> None:
         if self._make_batches is not None:
-            self._drawn = self._clock()
+            self._drawn = self.clock()
             self._batches, self._make_batches = self._make_batches(), None
 
-    def batch_done(self) -> bool:
-        """Count a batch; True if it is time to refresh (then call `refresh`)."""
-        self._uncounted += 1
-        return self._clock() - self._drawn >= _REFRESH_SECONDS
-
-    def refresh(self, epoch: int, step: int, values: Mapping[str, float], extra: str) -> None:
-        """Redraw the bar; or, without a terminal, say a line if the last one was 30 s ago."""
-        self._drawn = self._clock()
+    def refresh(self, epoch: int, step: int, batches: int, values: Mapping[str, float], extra: str) -> None:
+        """Redraw the bar, `batches` of the epoch done; or, without a terminal, say a line if the last was 30 s ago."""
+        self._drawn = self.clock()
+        self.due_at = self._drawn + _REFRESH_SECONDS
         self._show_batches()
         if self._batches is not None:
-            self._batches.update(self._uncounted)
+            self._batches.update(batches - self._batches.n)
             self._batches.set_postfix_str(_joined(values, extra), refresh=False)
         elif self._style == "lines" and self._drawn - self._said >= LINE_SECONDS:
             self._line(epoch, f"step {step}", values, extra)
-        self._uncounted = 0
 
-    def end_batches(self) -> None:
-        """The batches of the epoch are over."""
+    def end_batches(self, batches: int | None = None) -> None:
+        """The batches of the epoch are over, so many done."""
         self._make_batches = None
         if self._batches is not None:
-            self._batches.update(self._uncounted)
+            if batches is not None:
+                self._batches.update(batches - self._batches.n)
             self._batches.close()
             self._batches = None
-        self._uncounted = 0
 
     def epoch_done(self, epoch: int, values: Mapping[str, float], extra: str) -> None:
         """An epoch is over; its row's values."""
@@ -121,7 +119,7 @@ class Progress:
             self._epochs = None
 
     def _line(self, epoch: int, place: str, values: Mapping[str, float], extra: str) -> None:
-        self._said = self._clock()
+        self._said = self.clock()
         parts = [f"epoch {epoch + 1}/{self._total_epochs}", place, _joined(values, extra)]
         self.say([" | ".join(part for part in parts if part)])
 

@@ -15,7 +15,7 @@ from resumable_trainer.loop.rows import StepRows
 from resumable_trainer.loop.scalars import PendingScalar, read_all, take
 from resumable_trainer.metrics.averages import RunningAverages
 from resumable_trainer.metrics.early_stopping import BestValue, EarlyStopping, StoppingCounters, better
-from resumable_trainer.metrics.history import POSITION_COLUMNS, History
+from resumable_trainer.metrics.history import History
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -25,7 +25,6 @@ if TYPE_CHECKING:
     from resumable_trainer.snapshot.layout import Position
 
 _MAX_PENDING_ROWS = 256
-_RESERVED = frozenset(POSITION_COLUMNS)
 EMPTY_MARK_DIGEST = "99aa06d3014798d86001c324468d497f"  # xxh3-128 of no bytes
 
 
@@ -43,34 +42,29 @@ class Record:
         self._files = files
         self._journal = Journal.open(path, files=files)
         self._settings = early_stopping
-        self._pending: list[StepRows] = []  # each of rows with the same names
-        self._num_pending = 0
+        self._rows = StepRows(())  # to which the next row is added, if it holds the same names
+        self._pending: list[StepRows] = []  # it and those before it
         self._epoch_values: dict[str, PendingScalar] = {}
         self._last_epoch_row: dict[str, float] = {}
         self.averages = RunningAverages()
         self.counters = StoppingCounters()
         self.best: BestValue | None = None
 
-    def take(self, values: Mapping[str, object]) -> dict[str, PendingScalar]:
-        """Logged values as numbers, or as device tensors to be read later."""
-        if not _RESERVED.isdisjoint(values):
-            names = ", ".join(sorted(_RESERVED & values.keys()))
-            raise UsageError(f"log: {names} is in every row already, log it under another name")
-        return take(values)
-
-    def add_step(self, step: int, epoch: int, batch: int, weight: int, values: dict[str, PendingScalar]) -> None:
+    def add_step(self, step: int, epoch: int, batch: int, weight: int, values: Mapping[str, PendingScalar]) -> None:
         """A batch of `weight` samples is done, at this position; its row."""
-        names = tuple(values)
-        if not self._pending or self._pending[-1].names != names:
-            self._pending.append(StepRows(names))
-        self._pending[-1].add((step, epoch, batch), weight, values)
-        self._num_pending += 1
-        if self._num_pending >= _MAX_PENDING_ROWS:
+        rows, names = self._rows, tuple(values)
+        if rows.names != names:
+            rows = self._rows = StepRows(names)
+            self._pending.append(rows)
+        rows.positions.append((step, epoch, batch))
+        rows.weights.append(weight)
+        rows.values += values.values()
+        if len(rows.weights) >= _MAX_PENDING_ROWS:
             self.flush()
 
     def add_epoch_values(self, values: Mapping[str, object]) -> None:
         """Values for the row of the epoch under way."""
-        self._epoch_values.update(self.take(values))
+        take(values, self._epoch_values)
 
     def flush(self) -> None:
         """Write the rows collected so far; reads device tensors, all together."""
@@ -81,7 +75,7 @@ class Record:
 
     def _forget_pending(self) -> None:
         self._pending.clear()
-        self._num_pending = 0
+        self._rows = StepRows(())
 
     def flush_what_is_here(self) -> None:
         """Write the rows collected so far if none of them waits for a device."""

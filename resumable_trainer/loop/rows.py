@@ -15,8 +15,6 @@ from resumable_trainer.durable.journal import encode_row
 from resumable_trainer.loop.scalars import read_list
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
-
     from resumable_trainer.loop.scalars import PendingScalar, Scalar
     from resumable_trainer.metrics.averages import RunningAverages
 
@@ -28,46 +26,39 @@ class StepRows:
 
     Args:
         names: Names of the values.
+
+    Attributes:
+        positions: Step, epoch and batch of each row.
+        weights: Samples of each row's batch.
+        values: Row after row, in the order of the names; device tensors are read later.
     """
 
     def __init__(self, names: tuple[str, ...]) -> None:
         self.names = names
-        self._positions: list[tuple[int, int, int]] = []
-        self._weights: list[int] = []
-        self._values: list[PendingScalar] = []  # row after row
+        self.positions: list[tuple[int, int, int]] = []
+        self.weights: list[int] = []
+        self.values: list[PendingScalar] = []
 
     def __len__(self) -> int:
-        return len(self._weights)
-
-    def add(self, position: tuple[int, int, int], weight: int, values: Mapping[str, PendingScalar]) -> None:
-        """One more row.
-
-        Args:
-            position: Step, epoch and batch.
-            weight: Samples of the batch.
-            values: By name, in the order of `names`; device tensors are read later.
-        """
-        self._positions.append(position)
-        self._weights.append(weight)
-        self._values += values.values()
+        return len(self.weights)
 
     def waits_for_device(self) -> bool:
         """Whether a value is still on a device."""
-        return not all(type(value) is float or type(value) is int for value in self._values)
+        return not all(type(value) is float or type(value) is int for value in self.values)
 
     def add_to(self, averages: RunningAverages) -> None:
         """Add all rows to running averages, one after the other: sums have the bits of that order."""
-        numbers, width = read_list(self._values), len(self.names)
+        numbers, width = read_list(self.values), len(self.names)
         for place, name in enumerate(self.names):
-            averages.add_column(name, numbers[place::width], self._weights)
+            averages.add_column(name, numbers[place::width], self.weights)
 
     def lines(self) -> bytes:
         """The rows as lines of the journal."""
-        numbers, width = read_list(self._values), len(self.names)
+        numbers, width = read_list(self.values), len(self.names)
         try:
             if all(map(isfinite, numbers)):
                 cells: list[Scalar] = []
-                for number, position in enumerate(self._positions):
+                for number, position in enumerate(self.positions):
                     cells += position
                     cells += numbers[number * width : (number + 1) * width]
                 return (_template(self.names) * len(self) % tuple(cells)).encode()
@@ -81,7 +72,7 @@ class StepRows:
                     **dict(zip(self.names, numbers[number * width :], strict=False)),
                 }
             )
-            for number, position in enumerate(self._positions)
+            for number, position in enumerate(self.positions)
         )
 
 

@@ -12,20 +12,25 @@ import numpy as np
 import torch
 
 from resumable_trainer.errors import UsageError
+from resumable_trainer.metrics.history import POSITION_COLUMNS
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
+RESERVED = frozenset(POSITION_COLUMNS)
 Scalar = float | int
 PendingScalar = Scalar | torch.Tensor
 
 
-def take(values: Mapping[str, object]) -> dict[str, PendingScalar]:
-    """Each value as a plain number, or as a device tensor of our own to be read later.
+def take(values: Mapping[str, object], into: dict[str, PendingScalar]) -> None:
+    """Add each value to a row, as a plain number or as a device tensor of our own to be read later.
 
     Raises:
-        UsageError: A value that is no float, int or tensor of one element.
+        UsageError: A reserved name, or a value that is no float, int or tensor of one element.
     """
+    if not RESERVED.isdisjoint(values):
+        names = ", ".join(sorted(RESERVED & values.keys()))
+        raise UsageError(f"log: {names} is in every row already, log it under another name")
     taken: dict[str, PendingScalar] = {}
     for name, value in values.items():
         kind = type(value)
@@ -34,7 +39,7 @@ def take(values: Mapping[str, object]) -> dict[str, PendingScalar]:
             value = value.item()  # type: ignore[attr-defined]
             kind = type(value)
         taken[name] = value if kind is float or kind is int else _take_one(name, value)  # type: ignore[assignment]
-    return taken
+    into.update(taken)
 
 
 def _take_one(name: str, value: object) -> PendingScalar:

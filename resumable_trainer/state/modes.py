@@ -24,27 +24,28 @@ class StepWatch:
     """Knows which optimizers have stepped since the batch under way began.
 
     Cost: one method call per optimizer step.
+
+    Attributes:
+        stepped: `id` of each; whoever begins a batch clears it.
     """
 
     def __init__(self, state: Mapping[str, object]) -> None:
-        self._stepped: set[int] = set()
+        self.stepped: set[int] = set()
         self._optimizers = [part for part in state.values() if isinstance(part, Optimizer)]
         self._handles = [o.register_step_post_hook(self._note) for o in self._optimizers]
 
     def _note(self, optimizer: Optimizer, _args: Any, _kwargs: Any) -> None:
-        self._stepped.add(id(optimizer))
-
-    def batch_begins(self) -> None:
-        """What stepped before is of no account for the coming batch."""
-        self._stepped.clear()
+        self.stepped.add(id(optimizer))
 
     def resume(self, spent: set[int]) -> None:
         """As it was when gradients were captured: who has such a parameter had stepped."""
-        self._stepped = {id(o) for o in self._optimizers if not spent.isdisjoint(_ids(o))} if spent else set()
+        self.stepped.clear()
+        if spent:
+            self.stepped.update(id(o) for o in self._optimizers if not spent.isdisjoint(_ids(o)))
 
     def used_gradients(self) -> set[int]:
         """`id` of every parameter whose optimizer has stepped since the batch began."""
-        stepped = [optimizer for optimizer in self._optimizers if id(optimizer) in self._stepped]
+        stepped = [optimizer for optimizer in self._optimizers if id(optimizer) in self.stepped]
         return {parameter for optimizer in stepped for parameter in _ids(optimizer)}
 
     def close(self) -> None:

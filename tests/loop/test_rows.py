@@ -20,6 +20,12 @@ VALUES: list[dict[str, Any]] = [
 ]
 
 
+def add(rows: StepRows, position: tuple[int, int, int], weight: int, values: dict[str, Any]) -> None:
+    rows.positions.append(position)
+    rows.weights.append(weight)
+    rows.values += values.values()
+
+
 def one_by_one(rows: list[dict[str, Any]]) -> bytes:
     lines = [
         encode_row({"row": "step", "step": step, "epoch": 2, "batch": step + 1, **values})
@@ -32,7 +38,7 @@ def one_by_one(rows: list[dict[str, Any]]) -> bytes:
 def test_rows_are_the_bytes_that_the_journal_gives_row_by_row(values: dict[str, Any]) -> None:
     rows = StepRows(tuple(values))
     for step in range(3):
-        rows.add((step, 2, step + 1), 10, values)
+        add(rows, (step, 2, step + 1), 10, values)
     assert rows.lines() == one_by_one([values] * 3)
 
 
@@ -40,7 +46,7 @@ def test_sums_have_the_bits_of_adding_row_after_row() -> None:
     numbers = [0.1, 0.7, 1e16, -1e16, 0.3]
     rows, together, alone = StepRows(("loss", "n")), RunningAverages(), RunningAverages()
     for step, number in enumerate(numbers):
-        rows.add((step, 0, step), step + 1, {"loss": number, "n": step})
+        add(rows, (step, 0, step), step + 1, {"loss": number, "n": step})
         alone.add({"loss": number, "n": step}, step + 1)
     rows.add_to(together)
     assert together.state_dict() == alone.state_dict()
