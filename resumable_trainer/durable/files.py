@@ -209,6 +209,10 @@ class NewFile:
         if piece.nbytes == _PIECE_BYTES:
             self._files.start_writeback(self._fd, begin, piece.nbytes)
 
+    def start_writeback(self) -> None:
+        """Let the disk begin with what was written so far; a hint."""
+        self._files.start_writeback(self._fd, 0, self._digest.num_bytes)
+
     @property
     def digest(self) -> FileDigest:
         """Length and digest of what was written so far."""

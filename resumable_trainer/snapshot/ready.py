@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from typing import TYPE_CHECKING
 
-from resumable_trainer.durable.files import Files, write_new_file
+from resumable_trainer.durable.files import Files, NewFile
 from resumable_trainer.snapshot.manifest import FileEntry
 
 if TYPE_CHECKING:
@@ -34,8 +35,12 @@ class ReadyFiles:
         Raises:
             OSError: A file could not be made durable; the directory is to be thrown away.
         """
-        entries = {}
-        for name, data in self._files.items():
-            digest = write_new_file(files, directory / name, data)
-            entries[name] = FileEntry(num_bytes=digest.num_bytes, digest=digest.digest)
-        return entries
+        with ExitStack() as leaving:
+            opened = {name: leaving.enter_context(NewFile(directory / name, files=files)) for name in self._files}
+            for name, data in self._files.items():
+                opened[name].write(data)
+            # Before the first is synced the disk has all: a third fewer requests, and interrupts of the training.
+            for file in opened.values():
+                file.start_writeback()
+        digests = {name: file.digest for name, file in opened.items()}
+        return {name: FileEntry(num_bytes=each.num_bytes, digest=each.digest) for name, each in digests.items()}
