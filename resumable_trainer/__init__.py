@@ -5,12 +5,13 @@ The house, floor by floor; a room imports only from floors below it (a test read
     floor 0  errors       every error and its exit code
     floor 1  durable/     bytes that survive power loss: files, digests, journals, the lock
     floor 2  snapshot/    the record on disk: tensors, typed JSON, manifest, store, retention
+                          (and the scribe, a process beside the training for small snapshots that come often)
              state/       what a run is in memory: parts, generators, stable copies
              data/        the order of data as a pure function; batches from any data
              metrics/     history, running averages, early stopping
     floor 3  manager      StateManager: state/ and snapshot/ meet here, and nowhere else
     floor 4  loop/        Run: epochs, batches, notices, progress, drift
-    floor 5  trainer/     Trainer, written with Run alone
+    floor 5  trainer/     Trainer, written with Run; its compiled steps
              proof/       a job killed on purpose, or replayed, and compared: doctor, verify --replay
              report/      read-only views of a run
     floor 6  cli/         one file per command

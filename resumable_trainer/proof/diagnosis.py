@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 from resumable_trainer.proof.surroundings import SOURCES
 from resumable_trainer.proof.trace import plain_path, same_samples_in_another_order
 from resumable_trainer.proof.uses import steers
+from resumable_trainer.snapshot.layout import FROZEN
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
@@ -428,7 +429,7 @@ def _changed(divergence: Divergence) -> str:
 
 def sections_of(divergence: Divergence) -> list[str]:
     """Parts whose state differs, the loop's own record last."""
-    names = list(dict.fromkeys(name.partition("/")[0] for name in divergence.state))
+    names = list(dict.fromkeys(name.partition("/")[0].removesuffix(FROZEN) for name in divergence.state))
     return sorted(names, key=lambda name: name == "loop")
 
 
