@@ -1,9 +1,8 @@
 """When small snapshots come often, they are dictated to a scribe; see `scribe` for why.
 
-Policy: the scribe is used while the last eight snapshots came within four seconds; it is started when that is first so,
-and used from when it is ready. What is large, or speaks of rows that the operating system does not have whole, goes the
-ordinary way. A scribe that fails once is not asked again: the snapshot is written the ordinary way, which knows what to
-do about failures.
+Policy: a scribe is started when eight snapshots have come within four seconds, and used from when it is ready. What is
+large, or speaks of rows that the operating system does not have whole, goes the ordinary way. A scribe that fails once
+is not asked again: the snapshot is written the ordinary way, which knows what to do about failures.
 """
 
 from __future__ import annotations
@@ -76,7 +75,7 @@ class Dictation:
         """Dictate a snapshot; None if it is to go the ordinary way."""
         self._times.append(time.monotonic())
         is_often = len(self._times) == _OFTEN and self._times[-1] - self._times[0] < _OFTEN_SECONDS
-        if not self._is_allowed or not is_often or draft.content.size()[0] > _MAX_BYTES:
+        if not self._is_allowed or not (is_often or self._scribe) or draft.content.size()[0] > _MAX_BYTES:
             return None
         newest = self._committer.newest
         if newest is not None and newest.name == draft.kept.name:
