@@ -285,6 +285,9 @@ def test_messages_that_end_too_early_or_never_are_told_apart(monkeypatch: pytest
     with mine, other:
         scribe.send(other, {"a": 1}, {"file": b"12345"})
         assert scribe.receive(mine) == ({"a": 1}, {"file": b"12345"})
+        large = {"one": bytes(range(256)) * 500, "none": b""}  # comes in several pieces
+        scribe.send(other, {}, large)
+        assert scribe.receive(mine) == ({}, large)
         other.sendall(b'[{}, [["file", 10]]]\n123')
         other.shutdown(socket.SHUT_WR)
         assert scribe.receive(mine) is None
