@@ -14,6 +14,7 @@ import torch
 
 from resumable_trainer.errors import SettingsError
 from resumable_trainer.loop.run import Run
+from resumable_trainer.loop.scalars import read_all, take
 
 if TYPE_CHECKING:
     import os
@@ -205,17 +206,21 @@ class Trainer:
 
     def _evaluate(self) -> dict[str, float]:
         """Means of loss and metrics over the whole test set, weighted by samples."""
-        totals: dict[str, float] = {}
-        count = 0
+        rows: list[tuple[int, dict[str, Any]]] = []
         with _evaluating(self._model), torch.no_grad():
             for inputs, targets in self._run.evaluating(self._test_data, batch_size=self._eval_batch_size()):
                 inputs, targets = self._moved(inputs), self._moved(targets)
                 outputs = self._model(inputs)
                 values = {"loss": self._loss_fn(outputs, targets)}
                 values.update({name: metric(outputs, targets) for name, metric in self._metrics.items()})
-                for name, value in values.items():
-                    totals[name] = totals.get(name, 0.0) + float(value) * len(targets)
-                count += len(targets)
+                rows.append((len(targets), {}))
+                take(values, rows[-1][1])
+        read_all([row for _, row in rows])  # a device is waited for once
+        totals: dict[str, float] = {}
+        for weight, row in rows:
+            for name, value in row.items():
+                totals[name] = totals.get(name, 0.0) + float(value) * weight
+        count = sum(weight for weight, _ in rows)
         return {f"test_{name}": total / count for name, total in totals.items()} if count else {}
 
     def _eval_batch_size(self) -> int | None:
