@@ -193,22 +193,21 @@ class Committer:
 
     def retire(self, new: Kept, note: Callable[..., None]) -> None:
         """Apply retention; only now, when the new snapshot is durable. What cannot be deleted stays."""
-        delete_each(self._store, self.retiring(new, note), note)
-
-    def retiring(self, new: Kept, note: Callable[..., None]) -> list[str]:
-        """What retention deletes now that the new snapshot is durable; from here on it is gone for retention."""
         try:
             doomed = self.doomed(new)
-            self._kept = [snapshot for snapshot in self._with(new) if snapshot.name not in doomed]
+            self._keep(new, doomed)
         except OSError as error:
             note("not_deleted", reason=str(error))
-            return []
-        return doomed
+            return
+        delete_each(self._store, doomed, note)
 
     def took(self, new: Kept, own_digest: str, doomed: Sequence[str]) -> None:
         """Somebody else has committed a snapshot, and deleted those that are doomed by it."""
-        self._kept = [snapshot for snapshot in self._with(new) if snapshot.name not in doomed]
+        self._keep(new, doomed)
         self.newest = Newest(new.name, own_digest)
+
+    def _keep(self, new: Kept, doomed: Sequence[str]) -> None:
+        self._kept = [snapshot for snapshot in self._with(new) if snapshot.name not in doomed]
 
     def _with(self, new: Kept) -> list[Kept]:
         """All that there is once the new snapshot is; it may be found on disk already."""

@@ -130,4 +130,4 @@ class Dictation:
         """End the scribe; no snapshot may be in flight."""
         if self._scribe is not None:
             self._scribe.close()
-            self._scribe = None
+            self._scribe, self._told = None, {}  # the next one knows nothing

@@ -113,11 +113,11 @@ class Scribe:
             files: Content of all files but the manifest, by name.
 
         Raises:
-            ScribeError: It is not there.
+            ScribeError: It is not there, or cannot be told.
         """
         try:
             send(self._socket, order, files)
-        except OSError as error:
+        except (OSError, TypeError, ValueError) as error:  # gone, or a value that JSON has no form for
             raise ScribeError(str(error)) from error
 
     def has_answered(self) -> bool:

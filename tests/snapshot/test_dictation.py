@@ -202,6 +202,27 @@ def test_it_ends_with_its_owner_in_good_order(tmp_path: Path) -> None:
     assert manager.store.names() == ["step-000000001", "step-000000002"]
 
 
+def test_a_manager_that_is_opened_again_has_a_scribe_that_is_told_everything(tmp_path: Path) -> None:
+    manager, _ = make(tmp_path / "run")
+    for first in (1, 4):
+        with manager:
+            save(manager, first).wait()
+            await_scribe(manager)
+            for step in (first + 1, first + 2):
+                pending = save(manager, step)
+                assert isinstance(pending, OrderedSnapshot)
+                pending.wait()
+            assert not events(manager, "scribe_ended")
+
+
+def test_what_cannot_be_told_is_written_by_the_training(dictating: tuple[StateManager, torch.nn.Module]) -> None:
+    manager, _ = dictating
+    writing = manager._dictation._scribe
+    assert writing is not None
+    with pytest.raises(scribe.ScribeError, match="not JSON serializable"):
+        writing.order({"manifest": {"settings": {1j}}}, {})
+
+
 def test_what_is_large_or_has_files_of_its_own_is_not_dictated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(dictation, "_MAX_BYTES", 1000)
     manager, _ = make(tmp_path / "run")
