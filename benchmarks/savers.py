@@ -23,7 +23,27 @@ if TYPE_CHECKING:
     from torch import nn
 
 
-class Own:
+class _InBackground:
+    """Saves beside the training, in two calls."""
+
+    def begin(self) -> Any:
+        """Take a snapshot; returns when training may go on."""
+        raise NotImplementedError
+
+    def finish(self) -> None:
+        """Wait until it is durable."""
+        raise NotImplementedError
+
+    def save(self) -> tuple[float, float]:
+        """(stall, time to durable) of one snapshot."""
+        started = time.perf_counter()
+        self.begin()
+        stalled = time.perf_counter() - started
+        self.finish()
+        return stalled, time.perf_counter() - started
+
+
+class Own(_InBackground):
     """The package's StateManager.
 
     Args:
@@ -44,14 +64,6 @@ class Own:
         retain = (lambda kept: []) if keep else None
         self.manager = StateManager(directory, state=parts, retain=retain, staging=staging).open()
         self._keep, self._step = keep, 0
-
-    def save(self) -> tuple[float, float]:
-        """(stall, time to durable) of one snapshot."""
-        started = time.perf_counter()
-        self.begin()
-        stalled = time.perf_counter() - started
-        self.finish()
-        return stalled, time.perf_counter() - started
 
     def begin(self) -> Any:
         """Take a snapshot in the background; what stands for it."""
@@ -95,21 +107,13 @@ class TorchSave:
         self.path.unlink()
 
 
-class Distributed:
+class Distributed(_InBackground):
     """`torch.distributed.checkpoint.async_save` of one process, into a new directory; its files are synced."""
 
     def __init__(self, directory: Path, model: nn.Module, optimizer: torch.optim.Optimizer, **settings: Any) -> None:
         self._directory, self._model, self._optimizer = directory, model, optimizer
         self._settings, self._number = settings, 0
         self._future: Any = None
-
-    def save(self) -> tuple[float, float]:
-        """(stall, time to durable) of one checkpoint."""
-        started = time.perf_counter()
-        self.begin()
-        stalled = time.perf_counter() - started
-        self.finish()
-        return stalled, time.perf_counter() - started
 
     def begin(self) -> None:
         """Begin a checkpoint in the background."""
