@@ -69,6 +69,7 @@ class Record:
     def flush(self) -> None:
         """Write the rows collected so far; reads device tensors, all together."""
         for rows in self._pending:
+            rows.read()
             rows.add_to(self.averages)
             self._journal.append_lines(rows.lines(), len(rows))
         self._forget_pending()

@@ -15,7 +15,7 @@ from resumable_trainer.durable.journal import encode_row
 from resumable_trainer.loop.scalars import read_list
 
 if TYPE_CHECKING:
-    from resumable_trainer.loop.scalars import PendingScalar, Scalar
+    from resumable_trainer.loop.scalars import PendingScalar
     from resumable_trainer.metrics.averages import RunningAverages
 
 _POSITION = ("step", "epoch", "batch")
@@ -46,18 +46,22 @@ class StepRows:
         """Whether a value is still on a device."""
         return not all(type(value) is float or type(value) is int for value in self.values)
 
+    def read(self) -> None:
+        """Turn values that are on devices into numbers, once, before what follows; waits for the devices."""
+        read_list(self.values)
+
     def add_to(self, averages: RunningAverages) -> None:
         """Add all rows to running averages, one after the other: sums have the bits of that order."""
-        numbers, width = read_list(self.values), len(self.names)
+        numbers, width = self.values, len(self.names)
         for place, name in enumerate(self.names):
-            averages.add_column(name, numbers[place::width], self.weights)
+            averages.add_column(name, numbers[place::width], self.weights)  # type: ignore[arg-type] # read
 
     def lines(self) -> bytes:
         """The rows as lines of the journal."""
-        numbers, width = read_list(self.values), len(self.names)
+        numbers, width = self.values, len(self.names)
         try:
             if all(map(isfinite, numbers)):
-                cells: list[Scalar] = []
+                cells: list[PendingScalar] = []
                 for number, position in enumerate(self.positions):
                     cells += position
                     cells += numbers[number * width : (number + 1) * width]

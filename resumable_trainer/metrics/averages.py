@@ -14,17 +14,11 @@ if TYPE_CHECKING:
 
 
 class RunningAverages:
-    """Weighted sums by metric name; cost: two additions per value."""
+    """Weighted sums by metric name; cost: an addition per value."""
 
     def __init__(self) -> None:
         self._sums: dict[str, float] = {}
         self._weights: dict[str, int] = {}
-
-    def add(self, values: Mapping[str, float], weight: int) -> None:
-        """Add one batch's values, each the mean over `weight` samples."""
-        for name, value in values.items():
-            self._sums[name] = self._sums.get(name, 0.0) + float(value) * weight
-            self._weights[name] = self._weights.get(name, 0) + weight
 
     def add_column(self, name: str, values: Sequence[float], weights: Sequence[int]) -> None:
         """Add one metric's values of several batches, one after the other."""

@@ -47,7 +47,8 @@ def test_sums_have_the_bits_of_adding_row_after_row() -> None:
     rows, together, alone = StepRows(("loss", "n")), RunningAverages(), RunningAverages()
     for step, number in enumerate(numbers):
         add(rows, (step, 0, step), step + 1, {"loss": number, "n": step})
-        alone.add({"loss": number, "n": step}, step + 1)
+        alone.add_column("loss", [number], [step + 1])
+        alone.add_column("n", [step], [step + 1])
     rows.add_to(together)
     assert together.state_dict() == alone.state_dict()
     assert together.means()["loss"] != sum(numbers)
