@@ -91,6 +91,8 @@ class Facts:
         settings: Settings of optimizers and schedulers as the script builds them.
         depends_on: What the numbers depend on (drift facts).
         saved_by: Versions.
+        taken: When the state was captured (ISO 8601, UTC); for the events alone.
+        stall_seconds: How long training stood still for capturing and copying it; for the events alone.
     """
 
     position: Position
@@ -102,6 +104,8 @@ class Facts:
     settings: Mapping[str, Any] = field(default_factory=dict)
     depends_on: Mapping[str, Any] = field(default_factory=dict)
     saved_by: Mapping[str, str] = field(default_factory=dict)
+    taken: str = field(default_factory=lambda: _now())
+    stall_seconds: float = 0.0
 
     @property
     def name(self) -> str:
@@ -493,6 +497,8 @@ class StateManager:
             step=facts.position.step,
             bytes=num_bytes,
             seconds=round(seconds, 6),
+            taken=facts.taken,
+            stall_seconds=round(facts.stall_seconds, 6),
         )
         now = time.monotonic()
         if now - self._step_noted_at >= _NOTE_STEP_SECONDS:

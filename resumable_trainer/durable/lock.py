@@ -61,6 +61,7 @@ class Owner:
         since: When the run was taken (ISO 8601, UTC).
         generation: Number of the launch.
         step: Training step last noted; None before the first.
+        seen: When it last gave a sign of life (ISO 8601, UTC); empty if it was of a version that notes none.
         command: What is running.
         released: Whether it has let go in good order.
     """
@@ -72,6 +73,7 @@ class Owner:
     since: str
     generation: int
     step: int | None = None
+    seen: str = ""
     command: str = ""
     released: bool = False
 
@@ -86,6 +88,9 @@ class RunLock:
     Args:
         path: The lock file, `run.lock` in the run directory; both are made if they are not there.
         files: Primitive operations.
+
+    Attributes:
+        previous: Who held the run before, as it was last seen; None if nobody did, or if it is not known.
     """
 
     def __init__(self, path: Path, *, files: Files | None = None) -> None:
@@ -95,6 +100,7 @@ class RunLock:
         self._flock = FileLock(str(self._path), timeout=0, thread_local=False, fallback_to_soft=False)
         self._fd = -1  # our own, for the record; the one that carries the flock is filelock's
         self._owner: Owner | None = None
+        self.previous: Owner | None = None
         self._record_lock = threading.Lock()
 
     @property
@@ -128,7 +134,7 @@ class RunLock:
         """
         self._take()
         try:
-            last = read_owner(self._path)
+            last = self.previous = read_owner(self._path)
             generation = 1 + max(known_generation, last.generation if last else 0)
             owner = _myself(generation, _shortened(command))
             self._write_record(owner)
@@ -163,7 +169,7 @@ class RunLock:
         """Let others see how far the run is; not synced, and no reason to stop if it cannot be written."""
         if self._owner is not None:
             with contextlib.suppress(OSError):  # `check` reads it back before anything is published
-                self._write_record(replace(self._owner, step=step))
+                self._write_record(replace(self._owner, step=step, seen=_now()))
 
     def check(self) -> None:
         """Make sure that this process may still publish.
@@ -185,7 +191,7 @@ class RunLock:
         if self._owner is None:
             return
         with contextlib.suppress(OSError):  # on a vanished directory there is nothing left to tell
-            self._write_record(replace(self._owner, released=True))
+            self._write_record(replace(self._owner, released=True, seen=_now()))
         self._let_go()
 
     def _take(self) -> None:
@@ -388,17 +394,21 @@ def is_alive(owner: Owner) -> bool | None:
 
 
 def _myself(generation: int, command: str) -> Owner:
-    now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-    pid = os.getpid()
+    pid, now = os.getpid(), _now()
     return Owner(
         host=socket.gethostname(),
         pid=pid,
         boot_id=_boot_id(),
         process_start=_process_start(pid),
-        since=now,
+        since=now[:19] + now[-6:],
         generation=generation,
+        seen=now,
         command=command,
     )
+
+
+def _now() -> str:
+    return datetime.datetime.now(datetime.UTC).isoformat(timespec="milliseconds")
 
 
 def _shortened(command: str) -> str:

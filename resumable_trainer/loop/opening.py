@@ -85,6 +85,7 @@ def known_run_id(manager: StateManager) -> str | None:
 def note_launch(manager: StateManager, command: Command, retention: Retention) -> None:
     """The event from which `resume` learns what to start, and `prune` what is to stay."""
     recorded = command.to_json() if command.script or command.module else None
+    before = manager.lock.previous
     manager.note(
         "launched",
         command=recorded,
@@ -93,6 +94,7 @@ def note_launch(manager: StateManager, command: Command, retention: Retention) -
         host=socket.gethostname(),
         versions=identity.versions(),
         retention=asdict(retention),
+        previous=before and {"generation": before.generation, "step": before.step, "seen": before.seen},
     )
 
 

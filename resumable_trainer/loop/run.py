@@ -9,6 +9,7 @@ body, and where the batches go on), and the generators last at each of them.
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 from itertools import islice
 from typing import TYPE_CHECKING, Any, Self
 
@@ -117,6 +118,7 @@ class Run:
         self._entered = self._closed = False
         self._session = object()  # a loop of an earlier entering that still lives must not count in this one
         self._stopped: Stopped | None = None  # the notice that was followed
+        self._has_trained = False  # in this launch
         # Between two boundaries:
         self._values: dict[str, Any] | None = None  # what the batch under way has logged; None outside a batch
         self._weight = 0  # samples of the batch under way
@@ -421,9 +423,16 @@ class Run:
             self._restore_again()
         self._screen.begin_batches(cursor.epoch, source.num_batches(), loop.done)
         self._boundary()
+        self._note_training()
         yield from self._each(iterator, loop, session)
         self._end_batches(loop)
         self._tell("batches")
+
+    def _note_training(self) -> None:
+        """The set-up of this launch is over: from here on time moves the run forward."""
+        if not self._has_trained:
+            self._has_trained = True
+            self._manager.note("training", **vars_of(self._cursor.position))
 
     def _each(self, batches: Iterator[tuple[Any, int]], loop: BatchLoop, session: object) -> Iterator[Any]:
         """The batches themselves: between two of them only what is needed, in as few calls as can be.
@@ -671,9 +680,10 @@ class Run:
         self._record.load_state_dict(report.sections["loop"]["record"])
 
     def _save(self, *, epoch_complete: bool) -> None:
+        began = self._clock()
         self._saver.settle()  # the memory that is staged into is the snapshot's before
         staged = self._manager.stage(self._capture(epoch_complete=epoch_complete))
-        facts = self._snapshot_facts(epoch_complete=epoch_complete)
+        facts = replace(self._snapshot_facts(epoch_complete=epoch_complete), stall_seconds=self._clock() - began)
         if self.outcome is not None:
             self._saver.save_last(staged, facts)
         elif notices.leave is not None:
