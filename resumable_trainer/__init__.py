@@ -28,6 +28,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from resumable_trainer.errors import (
         DamagedSnapshotError,
+        DivergedError,
         DriftError,
         ExitCode,
         Interrupted,
@@ -43,6 +44,7 @@ if TYPE_CHECKING:
         UnsafeValueError,
         UsageError,
     )
+    from resumable_trainer.loop.divergence import OnDivergence
     from resumable_trainer.loop.run import Run
     from resumable_trainer.loop.triggers import SnapshotPolicy
     from resumable_trainer.manager import RestoreReport, StateManager
@@ -55,6 +57,7 @@ __version__ = "0.1.0"
 
 _HOMES = {
     "DamagedSnapshotError": "errors",
+    "DivergedError": "errors",
     "DriftError": "errors",
     "EarlyStopping": "metrics.early_stopping",
     "ExitCode": "errors",
@@ -62,6 +65,7 @@ _HOMES = {
     "Interrupted": "errors",
     "NoValidSnapshotError": "errors",
     "NotFoundError": "errors",
+    "OnDivergence": "loop.divergence",
     "PendingSnapshot": "snapshot.pending",
     "Preempted": "errors",
     "ResumableTrainerError": "errors",
@@ -81,6 +85,7 @@ _HOMES = {
 
 __all__ = [
     "DamagedSnapshotError",
+    "DivergedError",
     "DriftError",
     "EarlyStopping",
     "ExitCode",
@@ -88,6 +93,7 @@ __all__ = [
     "Interrupted",
     "NoValidSnapshotError",
     "NotFoundError",
+    "OnDivergence",
     "PendingSnapshot",
     "Preempted",
     "RestoreReport",

@@ -13,6 +13,7 @@ ResumableTrainerError                        70  internal error, or the training
 |   `-- SnapshotGoneError                     66 it was there, and was deleted while it was read
 |-- RunHeldError          (BlockingIOError)  69  another process holds the run
 |-- SnapshotWriteError    (OSError)          74  state could not be made durable
+|-- DivergedError         (ArithmeticError)  79  the loss is no number any more, and no recovery was allowed
 Stopped (SystemExit)                             the run was asked to leave and saved its state
 |-- Preempted                                75  SIGTERM or a notice: run me again
 |-- Interrupted                             130  SIGINT
@@ -151,6 +152,12 @@ class SnapshotWriteError(ResumableTrainerError, OSError):
     """State could not be made durable (disk full, I/O error); what was durable still is."""
 
     exit_code = ExitCode.NOT_SAVED
+
+
+class DivergedError(ResumableTrainerError, ArithmeticError):
+    """The training has diverged: the loss is not finite, or has leapt, and it may not (or cannot) go back."""
+
+    exit_code = ExitCode.DIVERGED
 
 
 class Stopped(SystemExit):

@@ -576,6 +576,7 @@ class StateManager:
         self.wait()
         self.settle()
         _ = self.lock
+        self._dictation.close()  # a scribe knows the line that is left
         with usable(self.directory):
             return self._find(which, reading_next=reading_next)
 

@@ -15,17 +15,18 @@ from resumable_trainer.durable.digest import reading
 from resumable_trainer.durable.files import make_directories, move_directory, write_replacing
 from resumable_trainer.durable.journal import Mark, read_rows
 from resumable_trainer.errors import DamagedSnapshotError, SnapshotGoneError
-from resumable_trainer.loop import identity, launch
+from resumable_trainer.loop import identity, interval, launch
 from resumable_trainer.loop.cursor import BatchLoop, Cursor
 from resumable_trainer.loop.record import EMPTY_MARK_DIGEST
 from resumable_trainer.snapshot import strict_json
-from resumable_trainer.snapshot.layout import METRICS, QUARANTINE, RUN_JSON
+from resumable_trainer.snapshot.layout import EVENTS, METRICS, QUARANTINE, RUN_JSON
 from resumable_trainer.state import generators
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
     from pathlib import Path
 
+    from resumable_trainer.loop.interval import Interruptions
     from resumable_trainer.loop.launch import Command
     from resumable_trainer.loop.record import Record
     from resumable_trainer.manager import RestoreReport, StateManager
@@ -125,6 +126,11 @@ def lost_snapshots(directory: Path) -> list[str]:
         return []
     name = events["committed"]["snapshot"]
     return [f"warning {name} was committed here and is gone, with all others: starting over from nothing"]
+
+
+def interruptions(directory: Path) -> Interruptions:
+    """What the run's events tell of its interruptions; reads all of them."""
+    return interval.seen_in(read_rows(directory / EVENTS))
 
 
 def with_loop(report: RestoreReport, record: Record, seed: int) -> RestoreReport:

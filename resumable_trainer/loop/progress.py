@@ -111,6 +111,13 @@ class Progress:
         elif self._style == "lines":
             self._line(epoch, "", values, extra)
 
+    def go_back(self, total: int, done: int) -> None:
+        """The run has gone back: `done` of `total` epochs lie behind now."""
+        self._total_epochs = total
+        if self._epochs is not None:
+            self._epochs.n = done
+            self._epochs.refresh()
+
     def close(self) -> None:
         """Leave the terminal in order."""
         self.end_batches()

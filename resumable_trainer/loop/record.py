@@ -9,8 +9,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from resumable_trainer.durable.journal import Journal, Mark
+from resumable_trainer.durable.journal import Journal, Mark, read_rows
 from resumable_trainer.errors import UsageError
+from resumable_trainer.loop.divergence import DivergenceWatch, OnDivergence
 from resumable_trainer.loop.rows import StepRows
 from resumable_trainer.loop.scalars import PendingScalar, read_all, take
 from resumable_trainer.metrics.averages import RunningAverages
@@ -35,10 +36,22 @@ class Record:
         path: The metric journal.
         early_stopping: Settings; None for none.
         files: Primitive operations.
+        on_divergence: What counts as diverged; None for nothing.
+
+    Attributes:
+        watch: What has diverged, and which batches are left out because of it.
     """
 
-    def __init__(self, path: Path, early_stopping: EarlyStopping | None, *, files: Files) -> None:
+    def __init__(
+        self,
+        path: Path,
+        early_stopping: EarlyStopping | None,
+        *,
+        files: Files,
+        on_divergence: OnDivergence | None = None,
+    ) -> None:
         self._path = path
+        self.watch = DivergenceWatch(on_divergence)
         self._files = files
         self._journal = Journal.open(path, files=files)
         self._settings = early_stopping
@@ -71,8 +84,14 @@ class Record:
         for rows in self._pending:
             rows.read()
             rows.add_to(self.averages)
+            self._look_at(rows)
             self._journal.append_lines(rows.lines(), len(rows))
         self._forget_pending()
+
+    def _look_at(self, rows: StepRows) -> None:
+        settings = self.watch.settings
+        if settings is not None and settings.metric in rows.names:
+            self.watch.look(rows.positions, rows.values[rows.names.index(settings.metric) :: len(rows.names)])
 
     def _forget_pending(self) -> None:
         self._pending.clear()
@@ -87,6 +106,21 @@ class Record:
         """Let those who look from outside see the rows so far."""
         self.flush()
         self._journal.flush()
+
+    def look_at_epoch(self, position: Position) -> None:
+        """Look for divergence in all that the epoch has logged, its body having ended at this position."""
+        self.flush()
+        settings = self.watch.settings
+        if settings is not None and settings.metric in self._epoch_values:
+            read_all([self._epoch_values])
+            last = (max(0, position.step - 1), position.epoch, max(0, position.batch - 1))
+            self.watch.look([last], [self._epoch_values[settings.metric]])
+
+    def step_rows(self) -> list[tuple[int, int, int]]:
+        """Step, epoch and batch of every row of a step so far; reads the journal."""
+        self.show_rows()
+        rows = read_rows(self._path)
+        return [(row["step"], row["epoch"], row["batch"]) for row in rows if row["row"] == "step"]
 
     def end_epoch(self, position: Position) -> dict[str, float]:
         """Write the epoch's row, update best and early stopping; the row's values.
@@ -170,7 +204,9 @@ class Record:
         self.flush()
         read_all([self._epoch_values])
         best = self.best
+        diverged = self.watch.state_dict()
         return {
+            **({} if diverged is None else {"divergence": diverged}),
             "averages": self.averages.state_dict(),
             "epoch_values": [[name, value] for name, value in self._epoch_values.items()],
             "counters": [self.counters.reference, self.counters.wait],
@@ -185,6 +221,7 @@ class Record:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """The way back of `state_dict`; counters of another metric than the one watched now are dropped."""
         self._forget_pending()
+        self.watch.load_state_dict(state.get("divergence"))
         self.averages.load_state_dict(state["averages"])
         self._epoch_values = dict(state["epoch_values"])
         self._last_epoch_row = dict(state["last_epoch_row"])

@@ -9,22 +9,27 @@ body, and where the batches go on), and the generators last at each of them.
 from __future__ import annotations
 
 import time
-from dataclasses import replace
+from dataclasses import asdict, replace
 from itertools import islice
-from typing import TYPE_CHECKING, Any, Self
+from math import isfinite
+from typing import TYPE_CHECKING, Any, Literal, NoReturn, Self
 
 from resumable_trainer.durable import filesystem
 from resumable_trainer.errors import (
+    DamagedSnapshotError,
+    DivergedError,
     DriftError,
     Interrupted,
     Preempted,
     ResumableTrainerError,
     SettingsError,
+    SnapshotGoneError,
     Stopped,
     UsageError,
 )
 from resumable_trainer.loop import identity, launch, opening, screen
 from resumable_trainer.loop.cursor import BatchLoop, Cursor
+from resumable_trainer.loop.divergence import OnDivergence, blamed, stretches
 from resumable_trainer.loop.held import HeldState
 from resumable_trainer.loop.notices import install_excepthook, notices
 from resumable_trainer.loop.progress import Progress
@@ -39,7 +44,7 @@ from resumable_trainer.snapshot.layout import METRICS, snapshot_name
 from resumable_trainer.snapshot.retention import Retention
 from resumable_trainer.state import generators
 from resumable_trainer.state.modes import StepWatch
-from resumable_trainer.state.parts import check_parts, scalar_settings, undriven_schedulers
+from resumable_trainer.state.parts import check_parts, has_finite_parameters, scalar_settings, undriven_schedulers
 
 if TYPE_CHECKING:
     import os
@@ -48,6 +53,7 @@ if TYPE_CHECKING:
     from types import TracebackType
 
     from resumable_trainer.data.sources import Source
+    from resumable_trainer.loop.divergence import Divergence, Row
     from resumable_trainer.loop.probe import Place
     from resumable_trainer.metrics.early_stopping import EarlyStopping
     from resumable_trainer.snapshot.manifest import Manifest
@@ -71,6 +77,8 @@ class Run:
         early_stopping: When to stop; None never does.
         progress: None: bars on a terminal, lines elsewhere; True: bars; False: nothing.
         strict: Refuse to continue if something that the numbers depend on has changed.
+        on_divergence: What to do when the logged loss is no finite number: "stop" (exit code 79), "rollback" (back to
+            the last good snapshot, without the batches that are blamed), or `OnDivergence(...)`; None trains on.
 
     Raises:
         SettingsError: Illegal settings, all problems at once.
@@ -88,6 +96,7 @@ class Run:
         early_stopping: EarlyStopping | None = None,
         progress: bool | None = None,
         strict: bool = False,
+        on_divergence: OnDivergence | Literal["stop", "rollback"] | None = None,
     ) -> None:
         check_parts(state)
         if not isinstance(seed, int) or isinstance(seed, bool) or not 0 <= seed < 2**63:
@@ -102,6 +111,7 @@ class Run:
         if self._probe is not None:
             self._policy = self._probe.policy(self._policy)
         self._early_stopping = early_stopping
+        self._on_divergence = OnDivergence.of(on_divergence)
         self._screen = Progress.for_choice(progress)
         self._strict = strict or launch.process.handover.strict
         self._clock: Callable[[], float] = time.monotonic
@@ -119,6 +129,8 @@ class Run:
         self._session = object()  # a loop of an earlier entering that still lives must not count in this one
         self._stopped: Stopped | None = None  # the notice that was followed
         self._has_trained = False  # in this launch
+        self._has_warned = False  # that the loss is no number
+        self._went_back = False  # within the body of an epoch that is not to be counted
         # Between two boundaries:
         self._values: dict[str, Any] | None = None  # what the batch under way has logged; None outside a batch
         self._weight = 0  # samples of the batch under way
@@ -167,7 +179,12 @@ class Run:
         with usable(self.directory):
             opening.identify(self._manager, self._command, self._seed)
             opening.note_launch(self._manager, self._command, self._retention())
-            self._record = Record(self.directory / METRICS, self._early_stopping, files=self._manager.files)
+            self._record = Record(
+                self.directory / METRICS,
+                self._early_stopping,
+                files=self._manager.files,
+                on_divergence=self._on_divergence,
+            )
         self._add_row = self._record.add_step
         self._watch = StepWatch(self._state)
         self._manager.watch_gradients(self._watch)
@@ -189,7 +206,15 @@ class Run:
             self._resume(report)
         self._screen.say(screen.missing_schedulers(undriven_schedulers(self._state)))
         self._rows_shown_at = self._clock()
-        self._saver = Saver(self._manager, self._policy, rows=self._record, clock=self._clock, say=self._screen.say)
+        known = opening.interruptions(self.directory) if self._policy.is_auto else None
+        self._saver = Saver(
+            self._manager,
+            self._policy,
+            rows=self._record,
+            clock=self._clock,
+            say=self._screen.say,
+            interruptions=known,
+        )
         self._entered = True
         if self._probe is not None:
             self._probe.opened(self)
@@ -204,19 +229,24 @@ class Run:
         if manifest is not found.manifest:  # that one was damaged
             self._screen.say(screen.quarantined(applied))
             drift = self._drift_since(manifest)
-        report = opening.with_loop(applied, self._record, self._seed)
-        self._manager.set_aside(report.set_aside, reason=f"going back to {report.snapshot}")
-        lines = opening.rewind(self._manager, self._record, manifest)
-        self._load_loop(report.sections["loop"])
-        self._report = report
+        report, lines = self._continue_from(applied, reason=f"going back to {applied.snapshot}")
         self.resumed_from = report.snapshot
         self.outcome = manifest.outcome
-        position = self._cursor.position
-        self._manager.lock.note_step(position.step)
-        self._manager.note("resumed", snapshot=report.snapshot, **vars_of(position))
         self._screen.say(screen.banner(self.directory, self._state, self._facts))
         lines = screen.begins_anew(applied, self._seed) + lines
         self._screen.say([*screen.resumed(report, self._record), *lines, *screen.drift(drift), *report.notes])
+
+    def _continue_from(self, applied: RestoreReport, *, reason: str) -> tuple[RestoreReport, list[str]]:
+        """The parts are restored: take up the loop's own state, and cut the rows back; lines for a person."""
+        assert applied.manifest is not None
+        report = self._report = opening.with_loop(applied, self._record, self._seed)
+        self._manager.set_aside(report.set_aside, reason=reason)
+        lines = opening.rewind(self._manager, self._record, applied.manifest)
+        self._load_loop(report.sections["loop"])
+        position = self._cursor.position
+        self._manager.lock.note_step(position.step)
+        self._manager.note("resumed", snapshot=report.snapshot, **vars_of(position))
+        return report, lines
 
     def _drift_since(self, manifest: Manifest) -> list[str]:
         """What the run depends on and has changed since a snapshot; refused if `strict` is set."""
@@ -281,6 +311,8 @@ class Run:
             return
         self._screen.say(screen.remaining(self._cursor, total, self._early_stopping, self._record))
         self._generators_now = None
+        if self._may_go_back and self._cursor.step == 0 and self._report is None:
+            self._save(epoch_complete=True)  # what a divergence in the first epoch goes back to
         while not self._is_over(total):
             self._begin_epoch()
             try:
@@ -290,7 +322,8 @@ class Run:
                 self._epochs_left_by_break = self._is_open(session)
                 raise
             self._check_session(session)
-            self._end_epoch(total, left=False)
+            if self._went_back or not self._end_epoch(total, left=False):
+                self._begin_again(total)
 
     def _is_over(self, total: int) -> bool:
         if self._cursor.epoch >= total:
@@ -322,9 +355,16 @@ class Run:
             self._restore_again()
             self._epoch_generators = generators.capture_global()
 
-    def _end_epoch(self, total: int, *, left: bool) -> None:
-        """After the body: row, early stopping, snapshot; `left` if the loop was left by `break`."""
+    def _end_epoch(self, total: int, *, left: bool) -> bool:
+        """After the body: row, early stopping, snapshot; `left` if the loop was left by `break`.
+
+        False if the epoch does not count, because the run has diverged and goes back.
+        """
         self._end_open_batches()
+        self._record.look_at_epoch(self._cursor.position)
+        if self._record.watch.found is not None:
+            self._diverge(may_go_back=not left)
+            return False
         self._in_epoch = False
         if self._report is not None:
             self._report = None  # a resumed epoch whose body never came to its batches again
@@ -339,6 +379,7 @@ class Run:
         self._tell("epoch")
         if self.outcome is None and notices.leave is not None:
             self._leave(notices.leave, f"after epoch {self._cursor.epoch}")
+        return True
 
     def _outcome_after_epoch(self, total: int, *, left: bool) -> Outcome | None:
         if left:
@@ -354,6 +395,9 @@ class Run:
             raise UsageError("this run is not open", hint="use it in a with statement: with Run(...) as run:")
         if self._stopped is not None:
             raise self._stopped  # the script has caught it; it is still to leave
+        if self._epochs_left_by_break and self._went_back:
+            self._stopped = Preempted(screen.left_while_going_back(self._manager.latest))
+            raise self._stopped
         if self._epochs_left_by_break:
             self._epochs_left_by_break = False
             assert self._total is not None
@@ -411,6 +455,8 @@ class Run:
                 hint="loop over one after the other, or over both data at once: a DataLoader over a StackDataset, say",
             )
         cursor = self._cursor
+        if self._went_back:
+            return  # the epoch begins again when its body has ended
         if number + 1 < len(cursor.loops):
             return  # done before the snapshot; what follows it in the body runs again
         if number == len(cursor.loops):
@@ -425,8 +471,11 @@ class Run:
         self._boundary()
         self._note_training()
         yield from self._each(iterator, loop, session)
-        self._end_batches(loop)
-        self._tell("batches")
+        if not self._went_back:
+            self._look_for_divergence()
+        if not self._went_back:
+            self._end_batches(loop)
+            self._tell("batches")
 
     def _note_training(self) -> None:
         """The set-up of this launch is over: from here on time moves the run forward."""
@@ -442,7 +491,13 @@ class Run:
         tell = None if self._probe is None else self._tell
         forget_steps, cursor = self._watch.stepped.clear, self._cursor
         is_due = self._saver.is_due_after_batch if self._policy.looks_at_batches else None
+        watch = self._record.watch
+        left_out = watch.left_out(cursor.epoch)
         for batch, weight in batches:
+            if left_out and cursor.batch in left_out:
+                loop.done += 1
+                cursor.batch += 1
+                continue
             if tell is not None:
                 tell("batch", batch)
             forget_steps()
@@ -456,8 +511,13 @@ class Run:
             if self._loop is not loop:
                 self._refuse_ended(session)
             self._end_batch(loop)
+            if watch.found is not None:
+                self._diverge()
+                return
             if notices.pending or self._snapshot_wanted or (is_due is not None and is_due(cursor.step)):
                 self._boundary()
+                if self._went_back:
+                    return
             if tell is not None:
                 tell("step")
 
@@ -521,6 +581,9 @@ class Run:
         Before the first batch nothing is saved: what the body's beginning has done belongs to no
         position. If the state before it is durable, a notice is followed at once.
         """
+        self._look_for_divergence()
+        if self._went_back:
+            return
         if not self._cursor.batch:
             if notices.leave is not None and self._epoch_start_is_durable():
                 self._leave(notices.leave, f"before the first batch of epoch {self._cursor.epoch + 1}")
@@ -529,6 +592,111 @@ class Run:
             self._leave(notices.leave, f"after step {self._cursor.step}")
         elif notices.save or self._snapshot_due():
             self._save(epoch_complete=False)
+
+    # -- divergence -------------------------------------------------------------------------------
+
+    @property
+    def _may_go_back(self) -> bool:
+        return self._on_divergence is not None and self._on_divergence.action == "rollback" and self._probe is None
+
+    def _look_for_divergence(self) -> None:
+        """No snapshot is taken behind a step that has diverged: what is still to be read is read first."""
+        if self._on_divergence is not None and self._cursor.batch:
+            self._record.flush()
+            if self._record.watch.found is not None:
+                self._diverge()
+
+    def _diverge(self, *, may_go_back: bool = True) -> None:
+        """Go back to the last good snapshot, without the batches that are blamed; or stop.
+
+        The parts are good again on return, so that the rest of the epoch's body (an evaluation, say) runs on a model
+        of finite numbers. What it does counts for nothing: the epoch begins again when it has ended.
+
+        Raises:
+            DivergedError: The run may not go back, or cannot.
+        """
+        watch, settings = self._record.watch, self._on_divergence
+        assert watch.found is not None
+        assert settings is not None
+        self._saver.settle()
+        if not self._may_go_back or not may_go_back or watch.num_rollbacks >= settings.max_rollbacks:
+            self._stop_diverged(watch.found, settings)
+        found, watch = watch.found, replace(watch)
+        number, rows = watch.num_blamed(found), self._record.step_rows()
+        restored = self._restore_last_good(found, rows, number)
+        if restored is None:
+            self._stop_diverged(found, settings, "; no snapshot from before it is good")
+        batches, back_to = restored
+        watch.rolled_back(found, skips := stretches(batches), number)
+        self._record.watch.keep_decisions_of(watch)
+        self._manager.note(
+            "diverged", **asdict(found), action="rollback", back_to=back_to, skip=[list(skip) for skip in skips]
+        )
+        self._end_this_body()
+        self._screen.say([screen.rolled_back(found, back_to, skips, watch.num_rollbacks, settings)])
+
+    def _restore_last_good(self, found: Divergence, rows: list[Row], number: int) -> tuple[list[Row], str] | None:
+        """Restore the newest snapshot from before the blamed batches whose parameters are all finite.
+
+        One whose parameters are not finite was taken after the batch that spoilt them: then the batches before it are
+        blamed, and the ones that only showed it are innocent. None if there is no such snapshot.
+        """
+        batches = blamed(rows, until=found.step, number=number)
+        for name in reversed(self._manager.store.names()):
+            try:
+                at = self._manager.store.manifest(name).position
+            except (DamagedSnapshotError, SnapshotGoneError):
+                continue
+            if not batches or (at.epoch, at.batch) > batches[0][1:]:
+                continue
+            try:
+                applied = self._manager.apply(self._manager.find(name))
+            except DamagedSnapshotError as error:
+                self._manager.quarantine(name, error.message)
+                continue
+            if has_finite_parameters(self._state):
+                self._continue_from(applied, reason=f"the run has diverged, going back to {name}")
+                return batches, name
+            batches = blamed(rows, until=at.step - 1, number=number)
+        return None
+
+    def _stop_diverged(self, found: Divergence, settings: OnDivergence, why: str = "") -> NoReturn:
+        watch, latest = self._record.watch, self._manager.latest
+        if self._may_go_back and watch.num_rollbacks >= settings.max_rollbacks:
+            why += f"; it has gone back {watch.num_rollbacks} times already (max_rollbacks)"
+        self._manager.note("diverged", **asdict(found), action="stop", back_to=latest, skip=[])
+        kept = f"the state of before is kept as {latest}" if latest else "there is no snapshot of before"
+        raise DivergedError(
+            f"run {self.directory} has diverged: {found}{why}; {kept}",
+            path=self.directory,
+            step=found.step,
+            found=found.value,
+            expected="a finite value" if found.median is None else f"at most {settings.spike} x {found.median:.4g}",
+            hint="look at that batch and the ones before it, lower the learning rate or clip gradients; or let it go"
+            " back and leave them out: on_divergence='rollback'",
+        )
+
+    def _end_this_body(self) -> None:
+        """What the epoch's body still does counts for nothing."""
+        self._loop = self._values = self._held = None
+        self._snapshot_wanted = self._evaluates = False
+        self._went_back = True
+        self._screen.end_batches()
+
+    def _begin_again(self, total: int) -> None:
+        """The body has ended: put the snapshot's state back once more, and let the epoch begin."""
+        self._went_back, self._in_epoch = False, False
+        self._shelf.close()
+        self._shelf = Shelf(self._seed)
+        assert self._report is not None
+        decided = replace(self._record.watch)
+        self._manager.apply(self._report, strictly=False)
+        self._load_loop(self._report.sections["loop"])
+        self._record.watch.keep_decisions_of(decided)
+        self._has_evaluated = True
+        self._screen.go_back(total, self._cursor.epoch)
+
+    # -- what is durable ---------------------------------------------------------------------------
 
     def _epoch_start_is_durable(self) -> bool:
         self._saver.settle()
@@ -553,14 +721,14 @@ class Run:
             SettingsError: Data or settings that give no batches.
         """
         self._settle()
-        self._evaluates = self._has_evaluated = True
+        self._evaluates = self._has_evaluated = not self._went_back
         source = self._shelf.source(data, salt="evaluating", batch_size=batch_size)
         return self._evaluating(source)
 
     def _evaluating(self, source: Source) -> Iterator[Any]:
         for batch in self._shortened(source.batches(epoch=self._cursor.epoch)):
             self._tell("evaluating", batch)
-            if notices.leave is not None and self._values is None:
+            if notices.leave is not None and self._values is None and self._record.watch.found is None:
                 self._leave_from_evaluation(notices.leave)
             yield batch
 
@@ -570,7 +738,8 @@ class Run:
         Where none was held (an evaluation at the top of an epoch, or one that not every epoch has),
         training since the last snapshot would be lost: then the next boundary follows the notice.
         """
-        if self._held is None and not self._is_saved():
+        self._record.flush()
+        if self._record.watch.found is not None or (self._held is None and not self._is_saved()):
             return
         state = self._held.again() if self._held is not None else None
         if state is not None and self._in_epoch:
@@ -677,7 +846,9 @@ class Run:
         report, self._report = self._report, None
         self._manager.apply(report, strictly=False)
         # What the body's beginning has logged anew was logged before the snapshot, from the state of then.
+        decided = replace(self._record.watch)
         self._record.load_state_dict(report.sections["loop"]["record"])
+        self._record.watch.keep_decisions_of(decided)
 
     def _save(self, *, epoch_complete: bool) -> None:
         began = self._clock()
@@ -758,6 +929,9 @@ class Run:
         self._record.flush_what_is_here()
         extra = screen.best_and_latest(self._record, self._manager)
         means = self._record.averages.means()
+        if self._on_divergence is None and not self._has_warned and not isfinite(means.get("loss", 0.0)):
+            self._has_warned = True
+            self._screen.say([screen.not_finite(means["loss"], self._cursor.epoch)])
         self._screen.refresh(self._cursor.epoch, self._cursor.step, loop.done, means, extra)
         now = self._clock()
         if now - self._rows_shown_at >= _SHOW_ROWS_SECONDS:

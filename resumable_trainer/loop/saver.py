@@ -7,10 +7,14 @@ leave) must get through: that of the run's end is tried once more on leaving, th
 
 from __future__ import annotations
 
+import statistics
 from dataclasses import asdict
+from math import inf
 from typing import TYPE_CHECKING
 
 from resumable_trainer.errors import SnapshotWriteError
+from resumable_trainer.loop import screen
+from resumable_trainer.loop.interval import FIRST_SECONDS, REMEMBERED, Interruptions, interval_seconds
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -29,6 +33,7 @@ class Saver:
         rows: What manifests speak of (the metric journal).
         clock: Seconds, for `every_seconds`.
         say: Shows lines to a person.
+        interruptions: What is known of the run's interruptions, for "auto".
     """
 
     def __init__(
@@ -39,6 +44,7 @@ class Saver:
         rows: Rows,
         clock: Callable[[], float],
         say: Callable[[Sequence[str]], None],
+        interruptions: Interruptions | None = None,
     ) -> None:
         self._manager = manager
         self._policy = policy
@@ -46,14 +52,23 @@ class Saver:
         self._clock = clock
         self._say = say
         self._last_at = clock()
+        self._interruptions = interruptions if interruptions is not None else Interruptions()
+        self._stalls = list(self._interruptions.stalls)
+        self._auto_seconds = FIRST_SECONDS
+        self._said_seconds = inf  # whatever is found first is said
+        if policy.is_auto:
+            self._find_interval()
+            say([screen.automatic_at_first(self._interruptions)] if not self._stalls else [])
         self._failed: SnapshotWriteError | None = None  # the newest snapshot, if it failed
         self._num_failed = 0
         self._owed: tuple[Flat, Facts] | None = None
 
     def is_due_after_batch(self, step: int) -> bool:
         """Whether the policy wants a snapshot now that `step` batches of the run are finished."""
-        policy = self._policy
-        return policy.looks_at_batches and policy.due_after_batch(step, self._clock() - self._last_at)
+        policy, seconds = self._policy, self._clock() - self._last_at
+        if policy.is_auto:
+            return seconds >= self._auto_seconds
+        return policy.looks_at_batches and policy.due_after_batch(step, seconds)
 
     def is_due_after_epoch(self, epochs: int) -> bool:
         """Whether the policy wants a snapshot now that `epochs` epochs are finished."""
@@ -115,6 +130,7 @@ class Saver:
             raise self._failed
 
     def _write(self, staged: Flat, facts: Facts, *, background: bool) -> None:
+        self._learn(facts.stall_seconds)
         self.settle()
         self._owed = None  # a newer state takes its place
         self._last_at = self._clock()  # also if it fails: the next attempt is the next trigger's
@@ -122,6 +138,23 @@ class Saver:
         self._failed = None
         if not background:
             self._say_recovered()
+
+    def _learn(self, stall_seconds: float) -> None:
+        """One more snapshot has shown what it costs."""
+        if self._policy.is_auto and stall_seconds > 0:
+            self._stalls = [*self._stalls[1 - REMEMBERED :], stall_seconds]
+            self._find_interval()
+
+    def _find_interval(self) -> None:
+        """With "auto": how often pays, by what is known now; said when it has changed much."""
+        if not self._stalls:
+            return
+        cost, known = statistics.median(self._stalls), self._interruptions
+        overhead = self._policy.max_overhead
+        self._auto_seconds = interval_seconds(cost, known.mean_seconds, overhead)
+        if not 0.5 < self._auto_seconds / self._said_seconds < 2:
+            self._said_seconds = self._auto_seconds
+            self._say([screen.automatic(cost, self._auto_seconds, known, overhead)])
 
     def _note_end(self, facts: Facts) -> None:
         """The run has ended, and its end is durable."""

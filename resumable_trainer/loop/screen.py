@@ -6,11 +6,17 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from resumable_trainer.errors import ExitCode
+from resumable_trainer.loop.divergence import in_words
+from resumable_trainer.loop.interval import FIRST_SECONDS, duration
+
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
     from pathlib import Path
 
     from resumable_trainer.loop.cursor import Cursor
+    from resumable_trainer.loop.divergence import Divergence, OnDivergence
+    from resumable_trainer.loop.interval import Interruptions
     from resumable_trainer.loop.record import Record
     from resumable_trainer.manager import RestoreReport, StateManager
     from resumable_trainer.metrics.early_stopping import BestValue, EarlyStopping
@@ -154,3 +160,41 @@ def ending(directory: Path, outcome: str | None, cursor: Cursor, record: Record,
         lines.append(f"latest  {directory / 'snapshots' / latest}")
     lines.append(f"metrics {directory / 'metrics.jsonl'}")
     return lines
+
+
+def rolled_back(
+    found: Divergence, back_to: str, skips: Sequence[tuple[int, int, int]], times: int, settings: OnDivergence
+) -> str:
+    """One line for a divergence that the run goes on from."""
+    return (
+        f"diverged {found}: back to {back_to}, leaving out {in_words(skips)}"
+        f" (rollback {times} of at most {settings.max_rollbacks})"
+    )
+
+
+def left_while_going_back(latest: str | None) -> str:
+    """The last line if a run that goes back is left by `break` before its epoch has begun again."""
+    return (
+        f"left while going back to {latest} | exit {int(ExitCode.PREEMPTED)}: start the same command again to continue"
+    )
+
+
+def not_finite(value: float, epoch: int) -> str:
+    """One line, once, where nothing was asked to be done about it."""
+    return (
+        f"warning the mean loss of epoch {epoch + 1} is {value}; training goes on"
+        " (on_divergence='stop' would leave, 'rollback' would go back)"
+    )
+
+
+def automatic(stall_seconds: float, seconds: float, known: Interruptions, max_overhead: float) -> str:
+    """How often snapshots are taken, and why."""
+    return (
+        f"saves   each epoch, and every {duration(seconds)} within (auto): one takes {duration(stall_seconds)} of the"
+        f" training, {known}, at most {max_overhead:.2%} of its time".replace(".00%", "%")
+    )
+
+
+def automatic_at_first(known: Interruptions) -> str:
+    """The same before the first snapshot."""
+    return f"saves   each epoch, and after {duration(FIRST_SECONDS)} within (auto), then as often as pays: {known}"

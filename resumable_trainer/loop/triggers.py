@@ -18,6 +18,9 @@ class SnapshotPolicy:
     The last epoch always gets a snapshot, and so does a notice (SIGTERM, SIGINT, SIGUSR1).
 
     Args:
+        every: "auto": after each epoch, and within epochs as often as pays: from what a snapshot costs and how often
+            the run has been interrupted (`loop/interval.py`). It is said at the start, with its reasons.
+        max_overhead: With "auto", the largest share of the training's time that snapshots within epochs may take.
         every_epochs: A snapshot after each so many epochs; None for none.
         every_steps: A snapshot after each so many training batches of the run; None for none.
         every_seconds: A snapshot at the first boundary so many seconds after the last; None for none.
@@ -43,6 +46,8 @@ class SnapshotPolicy:
     keep_every: int | None = None
     background: bool = True
     staging: Literal["copy", "overlapped"] = "copy"
+    every: Literal["auto"] | None = None
+    max_overhead: float = 0.01
 
     def __post_init__(self) -> None:
         problems = []
@@ -60,13 +65,27 @@ class SnapshotPolicy:
             problems.append(f"keep_best is {self.keep_best!r}, it must be an int of at least 0")
         if self.staging not in ("copy", "overlapped"):
             problems.append(f"staging is {self.staging!r}, it must be 'copy' or 'overlapped'")
+        if self.every not in (None, "auto"):
+            problems.append(f"every is {self.every!r}, it must be None or 'auto'")
+        if self.every == "auto":
+            others = [name for name in ("every_steps", "every_seconds") if getattr(self, name) is not None]
+            problems += [f"{name} is {getattr(self, name)!r}, which every='auto' finds by itself" for name in others]
+            if self.every_epochs != 1:
+                problems.append(f"every_epochs is {self.every_epochs!r}, with every='auto' each epoch is saved")
+        if not (isinstance(self.max_overhead, int | float) and 0 < self.max_overhead <= 1):
+            problems.append(f"max_overhead is {self.max_overhead!r}, it must be above 0 and at most 1")
         if problems:
             raise SettingsError(f"SnapshotPolicy: {'; '.join(problems)}", found=problems)
 
     @property
     def looks_at_batches(self) -> bool:
         """Whether a snapshot may be due within an epoch."""
-        return self.every_steps is not None or self.every_seconds is not None
+        return self.is_auto or self.every_steps is not None or self.every_seconds is not None
+
+    @property
+    def is_auto(self) -> bool:
+        """Whether it is to be found out how often pays."""
+        return self.every == "auto"
 
     def due_after_batch(self, step: int, seconds_since_last: float) -> bool:
         """Whether to save now that `step` batches of the run are finished."""

@@ -252,3 +252,13 @@ def undriven_schedulers(state: Mapping[str, object]) -> list[str]:
         for name, part in state.items()
         if isinstance(part, Optimizer) and getattr(part.step, "_wrapped_by_lr_sched", False) and id(part) not in covered
     ]
+
+
+def has_finite_parameters(state: Mapping[str, object]) -> bool:
+    """Whether no parameter of a module holds NaN or infinities; buffers may (masks do). Reads every parameter."""
+    return all(
+        bool(torch.isfinite(parameter).all())
+        for part in state.values()
+        if isinstance(part, torch.nn.Module)
+        for parameter in part.parameters()
+    )

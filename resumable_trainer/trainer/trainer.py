@@ -8,7 +8,7 @@ on `Run` only: what it does is what an own loop would do.
 from __future__ import annotations
 
 import contextlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
     from torch import nn
 
+    from resumable_trainer.loop.divergence import OnDivergence
     from resumable_trainer.loop.triggers import SnapshotPolicy
     from resumable_trainer.metrics.early_stopping import EarlyStopping
     from resumable_trainer.metrics.history import History
@@ -57,6 +58,7 @@ class Trainer:
             `test_` before them.
         progress: As for `Run`.
         strict: As for `Run`.
+        on_divergence: As for `Run`.
         compile: Make forward, loss, backward and update one compiled step, several times faster for small
             models: SGD, Adam and AdamW, on a CPU with a C++ compiler or a CUDA device. What cannot be
             compiled exactly is said in one line and runs eagerly. Numbers differ from an eager run's
@@ -89,6 +91,7 @@ class Trainer:
         early_stopping: EarlyStopping | None = None,
         progress: bool | None = None,
         strict: bool = False,
+        on_divergence: OnDivergence | Literal["stop", "rollback"] | None = None,
         compile: bool = False,
     ) -> None:
         self._model, self._loss_fn, self._optimizer = model, loss_fn, optimizer
@@ -109,6 +112,7 @@ class Trainer:
             early_stopping=early_stopping,
             progress=progress,
             strict=strict,
+            on_divergence=on_divergence,
         )
         self._compiled = self._steps() if compile else None
 

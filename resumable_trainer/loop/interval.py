@@ -1,0 +1,99 @@
+"""How often to save within epochs: a pure function of what a snapshot costs and of how often runs are interrupted.
+
+Young's rule: the time that an interruption costs on average (half an interval) and the time that snapshots cost are
+together least if the interval is sqrt(2 C M): C the time that one snapshot takes from training, M the mean time between
+interruptions (J. W. Young, "A first order approximation to the optimum checkpoint interval", 1974; J. T. Daly, 2006,
+gives terms of higher order, which matter only where C is not small against M). Free of torch.
+"""
+
+from __future__ import annotations
+
+import datetime
+from collections import deque
+from dataclasses import dataclass
+from math import inf, sqrt
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping
+
+ASSUMED_SECONDS = 24 * 3600.0  # between interruptions, while none has been seen: one machine lost a day
+FIRST_SECONDS = 60.0  # until a snapshot has been taken, and its cost is known
+REMEMBERED = 20  # snapshots, whose median cost counts
+_LEAST_SECONDS = 1.0
+
+
+@dataclass(frozen=True)
+class Interruptions:
+    """What is known of a run's interruptions.
+
+    Attributes:
+        number: How often a launch ended before the run did.
+        seconds: How long all launches together have run.
+        stalls: What the newest snapshots took from training, in seconds.
+    """
+
+    number: int = 0
+    seconds: float = 0.0
+    stalls: tuple[float, ...] = ()
+
+    @property
+    def mean_seconds(self) -> float:
+        """Mean time between interruptions; one a day is assumed before the first, and weighs less with each."""
+        return (self.seconds + ASSUMED_SECONDS) / (self.number + 1)
+
+    def __str__(self) -> str:
+        if not self.number:
+            return "no interruption seen yet, one a day assumed"
+        return f"{self.number} interruption{'s' if self.number > 1 else ''} seen in {duration(self.seconds)}"
+
+
+def interval_seconds(stall_seconds: float, mean_seconds: float, max_overhead: float) -> float:
+    """Seconds between snapshots: Young's rule, but no more of the training's time than allowed.
+
+    Args:
+        stall_seconds: What one snapshot takes from training.
+        mean_seconds: Mean time between interruptions.
+        max_overhead: Largest share of the training's time that snapshots may take, above 0.
+    """
+    return max(sqrt(2 * stall_seconds * mean_seconds), stall_seconds / max_overhead, _LEAST_SECONDS)
+
+
+def seen_in(events: Iterable[Mapping[str, Any]]) -> Interruptions:
+    """The interruptions that a run's events tell of: launches that were followed by another before the run's end."""
+    number, seconds = 0, 0.0
+    stalls: deque[float] = deque(maxlen=REMEMBERED)
+    began: datetime.datetime | None = None
+    newest: datetime.datetime | None = None
+    ended = True
+    for event in events:
+        kind, at = event.get("event"), _time(event)
+        if at is None:
+            continue
+        if kind == "launched":
+            if began is not None and newest is not None:
+                seconds += max(0.0, (newest - began).total_seconds())
+                number += not ended
+            began, ended = at, False
+        elif kind in ("finished", "interrupted") or (kind == "exited" and event.get("code") == 0):
+            ended = True  # the run was done, or a person wanted it so
+        elif kind == "committed" and isinstance(stall := event.get("stall_seconds"), float) and 0 < stall < inf:
+            stalls.append(stall)
+        newest = at
+    return Interruptions(number, seconds, tuple(stalls))
+
+
+def _time(event: Mapping[str, Any]) -> datetime.datetime | None:
+    try:
+        at = datetime.datetime.fromisoformat(str(event.get("time")))
+    except ValueError:
+        return None
+    return at if at.tzinfo is not None else None
+
+
+def duration(seconds: float) -> str:
+    """Seconds in a unit that fits."""
+    for size, unit in ((86400.0, "days"), (3600.0, "h"), (60.0, "min")):
+        if seconds >= 2 * size:
+            return f"{seconds / size:.1f} {unit}"
+    return f"{seconds:.1f} s" if seconds >= 1 else f"{seconds * 1000:.1f} ms"
