@@ -6,10 +6,13 @@ import json
 from typing import TYPE_CHECKING
 
 from resumable_trainer.cli.output import run_directory
+from resumable_trainer.report.divergences import in_words
 from resumable_trainer.report.summary import RunSummary, origin_text, summarize
 
 if TYPE_CHECKING:
     import argparse
+
+_MOST = 5  # divergences shown to people; --json has all
 
 
 def run(args: argparse.Namespace) -> int:
@@ -34,6 +37,7 @@ def _lines(summary: RunSummary) -> list[str]:
         if newest.best is not None:
             best = newest.best
             lines.append(f"best    {best.metric} {best.value:.4f} @ epoch {best.epoch + 1} (step {best.step})")
+    lines += [f"diverged {in_words(divergence)}" for divergence in summary.divergences[-_MOST:]]
     if summary.holder is not None:
         lines.append(f"holder  {summary.holder}")
     if summary.event is not None:

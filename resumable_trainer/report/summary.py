@@ -13,6 +13,7 @@ from resumable_trainer.durable.files import TEMPORARY_PREFIX
 from resumable_trainer.durable.journal import read_rows
 from resumable_trainer.durable.lock import Owner, is_alive, read_owner
 from resumable_trainer.errors import DamagedSnapshotError, NotFoundError, SnapshotGoneError
+from resumable_trainer.report.divergences import divergences
 from resumable_trainer.snapshot import strict_json
 from resumable_trainer.snapshot.layout import EVENTS, RUN_JSON, RUN_LOCK, SNAPSHOTS, parse_name
 from resumable_trainer.snapshot.store import Store
@@ -212,6 +213,7 @@ class RunSummary:
         holder: Who runs it now; None if nobody does.
         event: The newest event.
         origin: Where it comes from, see `origin`.
+        divergences: Where it has diverged, and what was left out because of it.
     """
 
     directory: Path
@@ -220,6 +222,7 @@ class RunSummary:
     holder: Owner | None
     event: dict[str, Any] | None
     origin: dict[str, Any]
+    divergences: list[dict[str, Any]]
 
     def to_json(self) -> dict[str, Any]:
         """The object of `status --json`."""
@@ -245,6 +248,7 @@ class RunSummary:
                 "command": holder.command,
             },
             "last_event": self.event,
+            "divergences": self.divergences,
             **self.origin,
         }
 
@@ -260,7 +264,8 @@ def summarize(directory: Path) -> RunSummary:
     holder = owner if owner is not None and is_alive(owner) is not False else None
     newest = newest_valid(directory)
     state = "running" if holder is not None else _state_at_rest(directory, newest)
-    return RunSummary(directory, state, newest, holder, last_event(directory), origin(directory))
+    event, diverged = last_event(directory), divergences(directory)
+    return RunSummary(directory, state, newest, holder, event, origin(directory), diverged)
 
 
 def _state_at_rest(directory: Path, newest: Manifest | None) -> str:

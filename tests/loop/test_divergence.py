@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from small import Killed, Small, killed_at
 
 from resumable_trainer import DivergedError, OnDivergence, Preempted, Run, SettingsError, SnapshotPolicy, Trainer
+from resumable_trainer.cli.main import main
 from resumable_trainer.loop.divergence import DivergenceWatch, blamed, in_words, merged, stretches
 from resumable_trainer.loop.notices import notices
 
@@ -117,6 +118,21 @@ def test_how_often_snapshots_are_taken_changes_nothing(tmp_path: Path) -> None:
         (tmp_path / str(n) / "snapshots/step-000000009-epoch-000003/model.safetensors").read_bytes() for n in range(3)
     ]
     assert model[0] == model[1] == model[2]
+
+
+def test_status_tells_every_divergence_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def kill(run: Run) -> None:
+        raise Killed  # in the evaluation that follows the first rollback, before a snapshot knows of it
+
+    with pytest.raises(Killed):
+        spoilt(at_evaluation=kill).train(tmp_path / "run", on_divergence=ROLLBACK)
+    spoilt().train(tmp_path / "run", on_divergence=ROLLBACK)
+    assert len(events(tmp_path / "run", "diverged")) > 3, "found again after the kill"
+    assert main(["status", str(tmp_path / "run"), "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)["divergences"]
+    assert [(one["epoch"], one["action"]) for one in told] == [(0, "rollback"), (1, "rollback"), (2, "rollback")]
+    assert main(["status", str(tmp_path / "run")]) == 0
+    assert capsys.readouterr().out.count("left out epoch ") == 3
 
 
 def test_a_run_may_go_back_only_so_often(tmp_path: Path) -> None:

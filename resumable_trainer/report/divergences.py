@@ -1,0 +1,44 @@
+"""What a run's events tell of its divergences: where, and which batches were left out because of them."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from resumable_trainer.durable.journal import read_rows
+from resumable_trainer.snapshot.layout import EVENTS
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+_FIELDS = ("step", "epoch", "batch", "name", "value", "action", "back_to", "skip")
+
+
+def divergences(directory: Path) -> list[dict[str, Any]]:
+    """Each divergence once, the newest last; a run that was killed finds the same one again."""
+    path = directory / EVENTS
+    found: dict[str, dict[str, Any]] = {}
+    for row in read_rows(path) if path.exists() else ():
+        if row.get("event") == "diverged":
+            fields = {name: row.get(name) for name in _FIELDS}
+            key = str([fields[name] for name in ("step", "epoch", "batch", "action", "skip")])
+            found.pop(key, None)
+            found[key] = fields
+    return list(found.values())
+
+
+def in_words(divergence: dict[str, Any]) -> str:
+    """One line for people; whatever the event holds, it is only shown."""
+    place = f"{divergence['name']} was {divergence['value']} at step {divergence['step']}"
+    if divergence["action"] != "rollback":
+        return f"{place}, stopped; the state of before is {divergence['back_to']}"
+    return f"{place}, back to {divergence['back_to']}, left out {_left_out(divergence['skip'])}"
+
+
+def _left_out(skip: Any) -> str:
+    try:
+        pieces = [(int(epoch) + 1, int(first), int(last)) for epoch, first, last in skip]
+    except (TypeError, ValueError, OverflowError):
+        return "nothing that can be read"
+    return ", ".join(
+        f"epoch {epoch} batch {first}" + (f" to {last}" if last != first else "") for epoch, first, last in pieces
+    )
