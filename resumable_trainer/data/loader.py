@@ -181,6 +181,14 @@ class LoaderSource(Stateless):
         """The way back of `capture`."""
         self._order.restore(state)
 
+    def beginning(self) -> object | None:
+        """What the samplers keep before the first epoch."""
+        return self._order.beginning()
+
+    def begin_again(self, beginning: object) -> None:
+        """The way back of `beginning`."""
+        self._order.begin_again(beginning)
+
     def close(self) -> None:
         """End persistent workers."""
         iterator, self._inner._iterator = self._inner._iterator, None

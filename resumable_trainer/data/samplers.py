@@ -110,6 +110,26 @@ class SamplerOrder:
                     setattr(sampler, name, value)
                     counters.add(name)
 
+    def beginning(self) -> object:
+        """All that the samplers keep, before they have been iterated over: which of it will move is not known yet."""
+        return [
+            {
+                **_plain_attributes(sampler),
+                **({"state_dict": copy.deepcopy(sampler.state_dict())} if is_stateful(sampler) else {}),
+            }
+            for sampler in self._samplers
+        ]
+
+    def begin_again(self, beginning: object) -> None:
+        """The way back of `beginning`."""
+        assert isinstance(beginning, list)
+        for sampler, values in zip(self._samplers, copy.deepcopy(beginning), strict=True):
+            for name, value in values.items():
+                if name == "state_dict":
+                    sampler.load_state_dict(value)
+                elif getattr(sampler, name, value) != value:
+                    setattr(sampler, name, value)
+
 
 def _nested(loader: DataLoader[Any]) -> list[Any]:
     """The batch sampler (or sampler) of a loader and the samplers inside it."""

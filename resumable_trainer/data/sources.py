@@ -45,6 +45,12 @@ class Source(Protocol):
     def restore(self, state: object) -> None:
         """The way back of `capture`, before `batches` is called."""
 
+    def beginning(self) -> object | None:
+        """All that it keeps before its first epoch; None if it keeps nothing."""
+
+    def begin_again(self, beginning: object) -> None:
+        """The way back of `beginning`, in the same process."""
+
     def weight(self, batch: Any) -> int:
         """Samples in a batch; 1 where that cannot be seen."""
 

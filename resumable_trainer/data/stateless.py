@@ -22,6 +22,13 @@ class Stateless:
     def restore(self, state: object) -> None:
         """Nothing to do."""
 
+    def beginning(self) -> object | None:
+        """Nothing: it begins anew each time."""
+        return None
+
+    def begin_again(self, beginning: object) -> None:
+        """Nothing to do."""
+
     def weight(self, batch: Any) -> int:
         """Samples in a batch, as far as can be seen."""
         return num_samples(batch)

@@ -145,7 +145,7 @@ class Run:
         self._report: RestoreReport | None = None
         self._epoch_generators: Any = None
         self._generators_now: Any = None  # as captured after an epoch, until code of the user's runs again
-        self._shelf = Shelf(self._seed)
+        self._shelf = Shelf(self._seed, remembers=self._may_go_back)
         self._facts: dict[str, Any] = {}
         self._saved_facts: Mapping[str, Any] = {}
         self._settings: dict[str, Any] = {}
@@ -686,8 +686,7 @@ class Run:
     def _begin_again(self, total: int) -> None:
         """The body has ended: put the snapshot's state back once more, and let the epoch begin."""
         self._went_back, self._in_epoch = False, False
-        self._shelf.close()
-        self._shelf = Shelf(self._seed)
+        self._shelf.begin_again()
         assert self._report is not None
         decided = replace(self._record.watch)
         self._manager.apply(self._report, strictly=False)

@@ -16,10 +16,13 @@ class Shelf:
 
     Args:
         seed: Seed of the run.
+        remembers: Whether to remember what sources kept before their first epoch, for `begin_again`.
     """
 
-    def __init__(self, seed: int) -> None:
-        self._seed = seed
+    def __init__(self, seed: int, *, remembers: bool = False) -> None:
+        self._seed, self._remembers = seed, remembers
+        self._beginnings: dict[int, Any] = {}  # of sources before their first epoch, by number of the loop
+        self._to_begin: dict[int, Any] = {}  # those that are to be as they were then
         self._kept: dict[Any, tuple[Any, Source]] = {}
         self._in_epoch: list[Source] = []  # by number of the loop over batches within the epoch
         self._restored: dict[int, Any] = {}  # states of before a resume, not yet given back
@@ -52,6 +55,10 @@ class Shelf:
         """The epoch's loop `number` runs over this source; it gets back what it knew before a resume."""
         del self._in_epoch[number:]
         self._in_epoch.append(source)
+        if number in self._to_begin:
+            source.begin_again(self._to_begin.pop(number))
+        elif self._remembers and number not in self._beginnings:
+            self._beginnings[number] = source.beginning()
         state = self._restored.pop(number, None)
         if state is not None:
             source.restore(state)
@@ -73,6 +80,11 @@ class Shelf:
     def load_state(self, state: list[list[Any]]) -> None:
         """The way back of `state`; each source gets its own when its loop begins."""
         self._restored = {number: source for number, source in state}  # noqa: C416 - pairs are lists
+
+    def begin_again(self) -> None:
+        """End workers, and let each source be as it was before its first epoch when its loop begins."""
+        self.close()
+        self._to_begin = {number: state for number, state in self._beginnings.items() if state is not None}
 
     def close(self) -> None:
         """End workers and forget everything."""

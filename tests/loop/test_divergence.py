@@ -10,6 +10,7 @@ import sys
 from typing import TYPE_CHECKING, Any
 
 import endings
+import jobs
 import pytest
 import torch
 from hypothesis import given
@@ -97,6 +98,37 @@ def test_a_run_that_goes_back_equals_one_that_never_saw_the_batch(tmp_path: Path
     for name in ("model.safetensors", "optimizer.safetensors"):
         last = "snapshots/step-000000009-epoch-000003"
         assert (tmp_path / "run" / last / name).read_bytes() == (tmp_path / "whole" / last / name).read_bytes()
+
+
+def test_what_the_body_and_the_samplers_moved_before_going_back_is_as_if_it_had_not(tmp_path: Path) -> None:
+    """A scheduler stepped by the rest of the body, a batch sampler that counts its rounds: all begin again."""
+
+    def train(directory: Path, known: list[tuple[int, int, int]]) -> None:
+        def leave_out(run: Run) -> None:
+            run._record.watch.skips = run._record.watch.skips or known
+
+        jobs.by_going_back(str(directory), at_start=leave_out)
+
+    train(tmp_path / "run", [])
+    found = events(tmp_path / "run", "diverged")
+    assert "step-000000000-epoch-000000" in {event["back_to"] for event in found}, "to the very beginning, too"
+    train(tmp_path / "whole", [tuple(event["skip"][0]) for event in found])
+    assert not events(tmp_path / "whole", "diverged")
+    assert rows(tmp_path / "run") == rows(tmp_path / "whole")
+    last = sorted(path.name for path in (tmp_path / "run" / "snapshots").iterdir())[-1]
+    for name in ("model.safetensors", "optimizer.safetensors"):
+        here, there = (tmp_path / run / "snapshots" / last / name for run in ("run", "whole"))
+        assert here.read_bytes() == there.read_bytes()
+
+
+def test_a_stretch_of_several_batches_is_left_out_wherever_snapshots_lie(tmp_path: Path) -> None:
+    settings = OnDivergence("rollback", skip_batches=3, max_rollbacks=9)
+    for name, policy in (("often", SnapshotPolicy(every_steps=1, keep_last=9)), ("seldom", SnapshotPolicy())):
+        spoilt().train(tmp_path / name, epochs=2, on_divergence=settings, snapshots=policy)
+    assert [event["skip"] for event in events(tmp_path / "often", "diverged")] == [
+        event["skip"] for event in events(tmp_path / "seldom", "diverged")
+    ]
+    assert rows(tmp_path / "often") == rows(tmp_path / "seldom")
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from resumable_trainer import EarlyStopping, Run, SnapshotPolicy, Trainer
+from resumable_trainer import EarlyStopping, OnDivergence, Run, SnapshotPolicy, Trainer
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -171,6 +171,33 @@ def by_batch_sampler(directory: str) -> None:
     _by_loader(directory, DataLoader(Augmented(96), batch_sampler=CountingSampler(96, 8)), epochs=5)
 
 
+def by_going_back(
+    directory: str, policy: SnapshotPolicy | None = None, at_start: Callable[[Run], None] = lambda run: None
+) -> None:
+    """One sample of the data is no number: in every epoch a batch spoils the weights, and the run goes back."""
+    model = network()
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
+    scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 1, 0.9)
+    data = Augmented(120)
+    data.inputs[77, 2] = torch.nan
+    loader = DataLoader(data, batch_sampler=CountingSampler(120, 10))
+    state = {"model": model, "optimizer": optimizer, "scheduler": scheduler}
+    settings = OnDivergence("rollback", max_rollbacks=20)
+    policy = policy or SnapshotPolicy(every_steps=7)
+    with Run(directory, state=state, snapshots=policy, progress=False, on_divergence=settings) as run:
+        at_start(run)
+        for _ in run.epochs(4):
+            model.train()
+            for inputs, labels in run.batches(loader):
+                optimizer.zero_grad()
+                loss = nn.functional.binary_cross_entropy_with_logits(model[:-1](inputs), labels)
+                loss.backward()
+                optimizer.step()
+                run.log(loss=loss)
+            scheduler.step()
+            run.log_epoch(weight=model[0].weight.sum())
+
+
 def by_steps(directory: str) -> None:
     """No epochs: one long loop over a range, batches drawn in the loop, `break` at its end."""
     model = network()
@@ -202,4 +229,5 @@ JOBS: dict[str, Callable[[str], None]] = {
     "loader, persistent workers": by_loader_with_persistent_workers,
     "batch sampler": by_batch_sampler,
     "steps": by_steps,
+    "going back": by_going_back,
 }
