@@ -258,6 +258,20 @@ def _add_starting(parser: argparse.ArgumentParser) -> None:
         "--relaunch", action="store_true", help="start the script even though the run is done and its sources unchanged"
     )
     parser.add_argument("--json", action="store_true", help="if nothing is to be started, say so as JSON")
+    group = parser.add_argument_group("where no service manager watches over it")
+    group.add_argument("--restart", action="store_true", help="start it again when it is preempted, fails or hangs")
+    group.add_argument("--max-failures", type=_number, default=100, metavar="N", help="borne in all (default: 100)")
+    group.add_argument("--max-preemptions", type=_number, metavar="N", help="borne in all (default: any number)")
+    group.add_argument(
+        "--max-in-vain", type=_number, default=5, metavar="N", help="restarts without a new snapshot (default: 5)"
+    )
+    group.add_argument(
+        "--hang-timeout",
+        type=_seconds,
+        default=1800.0,
+        metavar="S",
+        help="silence that counts as a hang, until the pace of the run has been learned (default: 1800)",
+    )
 
 
 def _add_run(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -303,6 +317,20 @@ def _add_doctor(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
     parser.add_argument("--keep", action="store_true", help="leave the scratch directory to be looked at")
     parser.add_argument("--json", action="store_true", help="print JSON for programs")
     _add_target(parser)
+
+
+def _number(text: str) -> int:
+    number = int(text)
+    if number < 0:
+        raise argparse.ArgumentTypeError("at least 0")
+    return number
+
+
+def _seconds(text: str) -> float:
+    seconds = float(text)
+    if not 0 < seconds < 1e9:
+        raise argparse.ArgumentTypeError("more than 0")
+    return seconds
 
 
 def _count(text: str) -> int:

@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 def run(args: argparse.Namespace) -> int:
     """Continue; the exit code of the training."""
     directory = run_directory(args).resolve()
+    if args.restart:
+        return _supervise(args, directory)
     recorded = launch.recorded_start(directory)
     if recorded is None:
         raise NotFoundError(
@@ -33,6 +35,15 @@ def run(args: argparse.Namespace) -> int:
     if recorded.directory != directory:
         launch.process.handover.moved[recorded.directory] = directory
     return start(command, [directory], directory, args)
+
+
+def _supervise(args: argparse.Namespace, directory: Path) -> int:
+    from resumable_trainer.cli.supervising import Runs, starting_options, supervise
+
+    def arguments(has_begun: bool) -> list[str]:
+        return ["resume", str(directory), *starting_options(args, has_begun=has_begun)]
+
+    return supervise(arguments, Runs(lambda: [directory]), args)
 
 
 def _arguments(args: argparse.Namespace, directory: Path) -> list[str]:

@@ -167,6 +167,29 @@ class Process:
 process = Process()
 
 
+def note_ended(directory: Path, **fields: Any) -> bool:
+    """Note how a process ended that did not say so itself, by who watched it; False if that could not be noted.
+
+    Args:
+        directory: The run directory.
+        fields: `by`, `result` ("exit", "signal" or "hang"), `code` or `signal`.
+    """
+    if not (directory / RUN_LOCK).exists():
+        return False
+    last = last_events(directory, ("launched", "exited", "ended"))
+    launched = last.get("launched")
+    if launched is None or any(
+        last[kind]["generation"] == launched["generation"] for kind in ("exited", "ended") if kind in last
+    ):
+        return False
+    time = datetime.datetime.now(datetime.UTC).isoformat(timespec="milliseconds")
+    try:
+        _append_event(directory, {"event": "ended", "time": time, "generation": launched["generation"], **fields})
+    except (RunHeldError, OSError):
+        return False
+    return True
+
+
 def _append_event(directory: Path, event: dict[str, Any]) -> None:
     lock = RunLock(directory / RUN_LOCK)
     with lock.held_again():

@@ -5,10 +5,10 @@ from __future__ import annotations
 import datetime
 import json
 import math
+import os
 import secrets
 import socket
 from dataclasses import asdict, replace
-from os import getpid
 from typing import TYPE_CHECKING, Any
 
 from resumable_trainer.durable.digest import reading
@@ -17,6 +17,7 @@ from resumable_trainer.durable.journal import Mark, read_rows
 from resumable_trainer.errors import DamagedSnapshotError, SnapshotGoneError
 from resumable_trainer.loop import identity, interval, launch
 from resumable_trainer.loop.cursor import BatchLoop, Cursor
+from resumable_trainer.loop.heartbeat import Heartbeat
 from resumable_trainer.loop.record import EMPTY_MARK_DIGEST
 from resumable_trainer.snapshot import strict_json
 from resumable_trainer.snapshot.layout import EVENTS, METRICS, QUARANTINE, RUN_JSON
@@ -91,7 +92,7 @@ def note_launch(manager: StateManager, command: Command, retention: Retention) -
         "launched",
         command=recorded,
         directory=str(launch.named_directory(manager.directory)),
-        pid=getpid(),
+        pid=os.getpid(),
         host=socket.gethostname(),
         versions=identity.versions(),
         retention=asdict(retention),
@@ -131,6 +132,18 @@ def lost_snapshots(directory: Path) -> list[str]:
 def interruptions(directory: Path) -> Interruptions:
     """What the run's events tell of its interruptions; reads all of them."""
     return interval.seen_in(read_rows(directory / EVENTS))
+
+
+def heartbeat(manager: StateManager) -> Heartbeat:
+    """The signs of life of this run, with what earlier launches have learned of its pace."""
+    if not os.environ.get("NOTIFY_SOCKET"):
+        return Heartbeat(None)
+    gap = launch.last_events(manager.directory, ("paced",)).get("paced", {}).get("longest_gap_seconds")
+    return Heartbeat.of_process(
+        os.environ,
+        longest_gap_seconds=float(gap) if isinstance(gap, int | float) and 0 < gap < 1e6 else None,
+        note=lambda seconds: manager.note("paced", longest_gap_seconds=seconds),
+    )
 
 
 def with_loop(report: RestoreReport, record: Record, seed: int) -> RestoreReport:

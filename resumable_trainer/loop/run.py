@@ -188,6 +188,8 @@ class Run:
         self._add_row = self._record.add_step
         self._watch = StepWatch(self._state)
         self._manager.watch_gradients(self._watch)
+        self._heart = opening.heartbeat(self._manager)
+        self._heart.loading("restoring")
         settings = {name: opening.json_values(scalar_settings(part)) for name, part in self._state.items()}
         self._settings = {name: found for name, found in settings.items() if found}
         self._versions = identity.versions()
@@ -215,6 +217,8 @@ class Run:
             say=self._screen.say,
             interruptions=known,
         )
+        self._heart.ready()
+        self._opened_at, self._opened_epoch = self._clock(), self._cursor.epoch
         self._entered = True
         if self._probe is not None:
             self._probe.opened(self)
@@ -342,6 +346,8 @@ class Run:
 
     def _begin_epoch(self) -> None:
         self.outcome = None
+        if not self._cursor.loops:
+            self._heart.epoch_begins()
         self._in_epoch = True
         self._loop_number, self._loop, self._held = 0, None, None
         self._evaluates, self._has_evaluated = self._has_evaluated, False
@@ -376,6 +382,7 @@ class Run:
         due = self._saver.is_due_after_epoch(self._cursor.epoch)
         if self.outcome is not None or due or self._snapshot_wanted or notices.pending:
             self._save(epoch_complete=True)
+        self._heart.epoch_ends()
         self._tell("epoch")
         if self.outcome is None and notices.leave is not None:
             self._leave(notices.leave, f"after epoch {self._cursor.epoch}")
@@ -727,6 +734,7 @@ class Run:
     def _evaluating(self, source: Source) -> Iterator[Any]:
         for batch in self._shortened(source.batches(epoch=self._cursor.epoch)):
             self._tell("evaluating", batch)
+            self._heart.beat()
             if notices.leave is not None and self._values is None and self._record.watch.found is None:
                 self._leave_from_evaluation(notices.leave)
             yield batch
@@ -851,6 +859,8 @@ class Run:
 
     def _save(self, *, epoch_complete: bool) -> None:
         began = self._clock()
+        if notices.leave is not None:
+            self._heart.stopping()
         self._saver.settle()  # the memory that is staged into is the snapshot's before
         staged = self._manager.stage(self._capture(epoch_complete=epoch_complete))
         facts = replace(self._snapshot_facts(epoch_complete=epoch_complete), stall_seconds=self._clock() - began)
@@ -861,6 +871,7 @@ class Run:
         else:
             self._saver.save(staged, facts)
         self._snapshot_wanted = False
+        self._heart.beat()
         notices.served()
 
     def _snapshot_facts(self, *, epoch_complete: bool) -> Facts:
@@ -932,14 +943,24 @@ class Run:
             self._has_warned = True
             self._screen.say([screen.not_finite(means["loss"], self._cursor.epoch)])
         self._screen.refresh(self._cursor.epoch, self._cursor.step, loop.done, means, extra)
+        self._heart.beat(self._status)
         now = self._clock()
         if now - self._rows_shown_at >= _SHOW_ROWS_SECONDS:
             self._rows_shown_at = now
             self._record.show_rows()
             self._manager.lock.note_step(self._cursor.step)
 
+    def _status(self) -> str:
+        """Where the run is, for who watches it."""
+        done, seconds = self._cursor.epoch - self._opened_epoch, self._clock() - self._opened_at
+        left = (self._total or 0) - self._cursor.epoch
+        return screen.status(
+            self._cursor, self._total, self._record, self._manager.latest, seconds / done * left if done else None
+        )
+
     def _leave(self, number: signal.Signals, where: str) -> None:
         """Unwind the user's loops with the exit code of the notice; the state is durable by now."""
+        self._heart.stopping()
         self._saver.settle()
         kind = Interrupted if number.name == "SIGINT" else Preempted
         event = "interrupted" if kind is Interrupted else "preempted"

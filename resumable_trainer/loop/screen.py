@@ -198,3 +198,14 @@ def automatic(stall_seconds: float, seconds: float, known: Interruptions, max_ov
 def automatic_at_first(known: Interruptions) -> str:
     """The same before the first snapshot."""
     return f"saves   each epoch, and after {duration(FIRST_SECONDS)} within (auto), then as often as pays: {known}"
+
+
+def status(cursor: Cursor, total: int | None, record: Record, latest: str | None, seconds_left: float | None) -> str:
+    """One line for a service manager: where the run is, its best, what is durable, and the time to go."""
+    parts = [f"epoch {cursor.epoch + 1}/{total}" if total else f"epoch {cursor.epoch + 1}", f"step {cursor.step}"]
+    if record.best is not None:
+        parts.append(best_text(record.best))
+    parts.append(f"saved {latest}" if latest else "nothing saved yet")
+    if seconds_left is not None:
+        parts.append(f"{duration(seconds_left)} to go")
+    return " | ".join(parts)

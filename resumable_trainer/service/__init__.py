@@ -1,0 +1,1 @@
+"""Staying alive: the supervisor, and texts for systemd, cron, Slurm and Kubernetes. Free of torch."""
