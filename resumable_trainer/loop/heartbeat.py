@@ -152,13 +152,14 @@ class Messenger:
     def __init__(self, address: str) -> None:
         self._address = "\0" + address[1:] if address.startswith("@") else address
         self._pid = os.getpid()
-        self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC | socket.SOCK_NONBLOCK)
 
     def __call__(self, message: str) -> None:
         """Send; nothing from a forked child, whose signs of life are not the training's."""
-        if os.getpid() == self._pid:
-            with contextlib.suppress(OSError, ValueError):
-                self._socket.sendto(message.encode(errors="replace"), self._address)
+        if os.getpid() != self._pid:
+            return
+        with contextlib.suppress(OSError, ValueError), socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sending:
+            sending.setblocking(False)
+            sending.sendto(message.encode(errors="replace"), self._address)
 
 
 def _microseconds(seconds: float) -> int:

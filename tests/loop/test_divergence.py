@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import math
+import signal
 import subprocess
 import sys
 from typing import TYPE_CHECKING, Any
@@ -12,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import endings
 import jobs
 import pytest
+import safetensors.torch
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
@@ -258,8 +260,7 @@ def test_a_notice_behind_a_diverged_step_saves_nothing_of_it(tmp_path: Path) -> 
     def notice(run: Run) -> None:
         row = small.seen[-1]
         if row == diverging:
-            notices.leave = __import__("signal").SIGTERM
-            notices.pending = True
+            asked_to_leave(run)
 
     small = spoilt()
     with pytest.raises(DivergedError) as caught:
@@ -272,6 +273,53 @@ def test_a_notice_behind_a_diverged_step_saves_nothing_of_it(tmp_path: Path) -> 
             small.train(tmp_path / "run", on_divergence="rollback")
     finally:
         notices.reset()
+    spoilt().train(tmp_path / "run", on_divergence=ROLLBACK)
+    spoilt().train(tmp_path / "whole", on_divergence=ROLLBACK)
+    assert endings.differing(endings.ending(tmp_path / "whole"), endings.ending(tmp_path / "run")) == []
+
+
+def asked_to_leave(run: Run) -> None:
+    notices.leave, notices.pending = signal.SIGTERM, True
+
+
+def test_a_notice_in_the_evaluation_behind_a_diverged_batch_saves_nothing_of_it(tmp_path: Path) -> None:
+    class Leaving(Small):
+        def train_epoch(self, run: Run) -> None:
+            for inputs, _ in run.batches(self.data, batch_size=3):
+                run.log(loss=inputs.sum())
+                with torch.no_grad():
+                    self.model[0].weight.add_(inputs.sum())
+                if inputs.isnan().any():
+                    break
+
+    leaving = Leaving(at_evaluation=asked_to_leave)
+    leaving.data[0][SPOILT, 1] = math.nan
+    try:
+        with pytest.raises((Preempted, DivergedError)):
+            leaving.train(tmp_path / "run", on_divergence="stop")
+    finally:
+        notices.reset()
+    for snapshot in (tmp_path / "run").glob("snapshots/*"):
+        assert torch.isfinite(safetensors.torch.load_file(snapshot / "model.safetensors")["0.weight"]).all()
+
+
+def test_a_notice_in_an_evaluation_after_going_back_saves_the_epoch(tmp_path: Path) -> None:
+    seen = []
+
+    def leave_in_the_second_epoch(run: Run) -> None:
+        seen.append(run.epoch)
+        if run.epoch == 1 and math.isfinite(rows(tmp_path / "run")[-1].get("loss", 0.0)) and seen.count(1) == 4:
+            asked_to_leave(run)  # the first three were behind the batch that is left out by now
+
+    small = spoilt(at_evaluation=leave_in_the_second_epoch)
+    try:
+        with pytest.raises(Preempted, match="75"):
+            small.train(tmp_path / "run", on_divergence=ROLLBACK)
+    finally:
+        notices.reset()
+    assert small.model is not None
+    (event,) = events(tmp_path / "run", "preempted")
+    assert event["snapshot"] == f"step-{event['step']:09d}", "within the epoch, its batches done"
     spoilt().train(tmp_path / "run", on_divergence=ROLLBACK)
     spoilt().train(tmp_path / "whole", on_divergence=ROLLBACK)
     assert endings.differing(endings.ending(tmp_path / "whole"), endings.ending(tmp_path / "run")) == []
