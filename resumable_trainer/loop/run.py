@@ -745,8 +745,7 @@ class Run:
         Where none was held (an evaluation at the top of an epoch, or one that not every epoch has),
         training since the last snapshot would be lost: then the next boundary follows the notice.
         """
-        self._record.flush()
-        if self._record.watch.found is not None or (self._held is None and not self._is_saved()):
+        if self._held is None and not self._is_saved():
             return
         state = self._held.again() if self._held is not None else None
         if state is not None and self._in_epoch:
