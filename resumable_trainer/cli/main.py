@@ -110,8 +110,39 @@ def _parser() -> argparse.ArgumentParser:
     stop = _add_looking(
         commands, "stop", "ask the process that runs it to save and leave", "resumable-trainer stop --timeout 60"
     )
+    _add_systemd(commands)
     stop.add_argument("--timeout", type=float, default=300.0, metavar="S", help="seconds to wait (default: 300)")
     return parser
+
+
+def _add_systemd(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    parser = commands.add_parser(
+        "systemd",
+        help="a run as a unit of systemd: started at boot, watched, restarted",
+        description="Units for a run that was started once: a template for all, and what is particular to this one.",
+        epilog="examples:\n  resumable-trainer systemd print runs/pima\n"
+        "  sudo resumable-trainer systemd install runs/pima\n  resumable-trainer systemd install --user runs/pima",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument(
+        "action",
+        choices=["print", "install", "remove", "ended"],
+        help="show the units; write, enable and start them; stop and remove them; (ended is for the units)",
+    )
+    parser.add_argument("run_dir", nargs="?", metavar="RUN_DIR", help="default: the most recent run below runs/")
+    parser.add_argument("--user", action="store_true", help="units of the user manager")
+    parser.add_argument(
+        "--strict", action="store_true", help="refuse to continue if what numbers depend on has changed"
+    )
+    parser.add_argument("--no-start", action="store_true", help="install: enable it for the next boot, do not start it")
+    parser.add_argument(
+        "--hang-timeout",
+        type=int,
+        default=1800,
+        metavar="S",
+        help="silence that counts as a hang, until the pace of the run has been learned (default: 1800)",
+    )
+    parser.add_argument("--json", action="store_true", help="print JSON for programs")
 
 
 def _add_looking(

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 from resumable_trainer.durable.files import Files, remove_tree
 from resumable_trainer.durable.lock import RunLock
 from resumable_trainer.errors import DamagedSnapshotError, ExitCode, NotFoundError, RunHeldError, SnapshotGoneError
-from resumable_trainer.loop import launch
+from resumable_trainer.loop import heartbeat, launch
 from resumable_trainer.loop.notices import install_excepthook, notices
 from resumable_trainer.loop.script import run_script
 from resumable_trainer.report.summary import DEFAULT_ROOT, is_run, runs_below, summarize
@@ -144,6 +144,7 @@ def start(command: Command, directories: list[Path], target: Path | None, args: 
     if not fresh and not args.relaunch and args.which == "latest":
         done = [path for path in directories if launch.command_is_done(path, command)]
         if done and len(done) == len(directories):
+            heartbeat.nothing_to_do()
             return _say_done(done[-1], as_json=args.json)
     _check_which(directories, target, args.which)
     handover = launch.process.handover

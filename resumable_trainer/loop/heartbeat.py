@@ -142,6 +142,13 @@ class Heartbeat:
             self._send("\n".join(line.replace("\n", " ") for line in lines))
 
 
+def nothing_to_do() -> None:
+    """A start finds nothing to do: a service that leaves without having been ready would count as failed."""
+    address = os.environ.get("NOTIFY_SOCKET")
+    if address:
+        Messenger(address)("READY=1\nSTATUS=done already, nothing to do")
+
+
 class Messenger:
     """Sends sd_notify datagrams; never an error: no manager is worth a training.
 

@@ -1,0 +1,157 @@
+"""`systemd print|install|remove|ended`: a run as a unit of systemd."""
+
+from __future__ import annotations
+
+import getpass
+import json
+import os
+import pwd
+import shutil
+import subprocess
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from resumable_trainer.cli.output import run_directory
+from resumable_trainer.durable.files import Files, write_replacing
+from resumable_trainer.errors import NotFoundError, SettingsError, UsageError
+from resumable_trainer.loop import launch
+from resumable_trainer.service import systemd
+from resumable_trainer.service.systemd import Plan
+
+if TYPE_CHECKING:
+    import argparse
+
+_SYSTEM_UNITS = Path("/etc/systemd/system")
+_ASSUMED_VERSION = 252
+
+
+def run(args: argparse.Namespace) -> int:
+    """Print, write or remove units; 0."""
+    directory = run_directory(args).resolve()
+    if args.action == "ended":
+        return _ended(directory)
+    plan = _plan(directory, args)
+    if args.action == "print":
+        return _print(plan, as_json=args.json)
+    units = _units(user=args.user)
+    if args.action == "install":
+        return _install(plan, units, args)
+    return _remove(plan, units, args)
+
+
+def _plan(directory: Path, args: argparse.Namespace) -> Plan:
+    recorded = launch.recorded_start(directory)
+    if recorded is None:
+        raise NotFoundError(
+            f"{directory} does not say which command started it",
+            path=directory,
+            hint="start its script once, with: resumable-trainer run SCRIPT.py",
+        )
+    owner = pwd.getpwuid(directory.stat().st_uid)
+    home = Path(owner.pw_dir)
+    writable = [Path(recorded.command.cwd), directory, home / ".cache" / "resumable_trainer"]
+    return Plan(
+        directory=directory,
+        python=recorded.command.python,
+        writable=list(dict.fromkeys(writable)),
+        user=None if args.user else owner.pw_name,
+        strict=args.strict,
+        version=_version(),
+        hang_seconds=args.hang_timeout,
+    )
+
+
+def _version() -> int:
+    """Of the local systemd; an old one is assumed where there is none, as units may be made for elsewhere."""
+    try:
+        said = subprocess.run(["systemctl", "--version"], capture_output=True, text=True, timeout=20, check=True).stdout  # noqa: S607
+        return int(said.split()[1])
+    except (OSError, subprocess.SubprocessError, ValueError, IndexError):
+        return _ASSUMED_VERSION
+
+
+def _print(plan: Plan, *, as_json: bool) -> int:
+    units = {systemd.TEMPLATE: systemd.template(plan), plan.drop_in: systemd.drop_in(plan)}
+    if as_json:
+        print(json.dumps({"instance": plan.instance, "units": units}, indent=2))
+    else:
+        print("\n".join(f"# {name}\n{text}" for name, text in units.items()), end="")
+    return 0
+
+
+def _units(*, user: bool) -> Path:
+    """Where units are written."""
+    if user:
+        return Path(os.environ.get("XDG_CONFIG_HOME") or Path.home() / ".config") / "systemd" / "user"
+    if os.geteuid() != 0:
+        raise UsageError(
+            f"units of the system are root's, and this is {getpass.getuser()}",
+            hint="use sudo, or --user for units of your own (then: loginctl enable-linger)",
+        )
+    return _SYSTEM_UNITS
+
+
+def _install(plan: Plan, units: Path, args: argparse.Namespace) -> int:
+    files = {units / systemd.TEMPLATE: systemd.template(plan), units / plan.drop_in: systemd.drop_in(plan)}
+    for path in files:
+        if path.exists() and systemd.MARK not in path.read_text():
+            raise SettingsError(f"{path} is there, and not ours", path=path, hint="move it away, or use print")
+    for path, text in files.items():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_replacing(Files(), path, text.encode())
+    _systemctl(args, "daemon-reload")
+    _systemctl(args, "enable", "--no-block" if args.no_start else "--now", plan.instance)
+    started = "enabled" if args.no_start else "enabled and started"
+    print(
+        json.dumps({"instance": plan.instance, "files": list(map(str, files))})
+        if args.json
+        else f"{plan.instance}: {started}\nlook at it with: systemctl {'--user ' if args.user else ''}status"
+        f" '{plan.instance}'"
+    )
+    return 0
+
+
+def _remove(plan: Plan, units: Path, args: argparse.Namespace) -> int:
+    """Stop and forget the run's unit; the template goes with the last of them."""
+    drop_in = units / plan.drop_in
+    is_there = drop_in.exists()
+    if is_there:
+        _systemctl(args, "disable", "--now", plan.instance)
+        shutil.rmtree(drop_in.parent)
+    template = units / systemd.TEMPLATE
+    if template.exists() and systemd.MARK in template.read_text() and not _others(units):
+        template.unlink()
+    if is_there:
+        _systemctl(args, "daemon-reload")
+    words = "removed" if is_there else "was not installed"
+    print(json.dumps({"instance": plan.instance, "removed": is_there}) if args.json else f"{plan.instance}: {words}")
+    return 0
+
+
+def _others(units: Path) -> list[Path]:
+    return list(units.glob(systemd.TEMPLATE.replace("@", "@?*") + ".d"))
+
+
+def _systemctl(args: argparse.Namespace, *words: str) -> None:
+    command = ["systemctl", *(["--user"] if args.user else []), *words]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=180, check=False)  # noqa: S603
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise SettingsError(
+            f"{' '.join(command)} failed: {error}", hint="is systemd running here? print shows the units for elsewhere"
+        ) from error
+    if done.returncode:
+        raise SettingsError(
+            f"{' '.join(command)} failed: {done.stderr.strip()}",
+            found=done.returncode,
+            hint="the files are written; the journal (journalctl -xe) says more",
+        )
+
+
+def _ended(directory: Path) -> int:
+    """`ExecStopPost`: note how the training ended, if it did not say so itself."""
+    kind, status = os.environ.get("EXIT_CODE", ""), os.environ.get("EXIT_STATUS", "")
+    result = "hang" if os.environ.get("SERVICE_RESULT") == "watchdog" else "exit" if kind == "exited" else "signal"
+    key = "code" if kind == "exited" else "signal"
+    launch.note_ended(directory, by="systemd", result=result, **{key: int(status) if status.isdecimal() else status})
+    return 0
