@@ -6,6 +6,7 @@ import os
 from typing import TYPE_CHECKING
 
 from resumable_trainer.cli.output import run_directory
+from resumable_trainer.cli.restarting import options, supervise, where
 from resumable_trainer.cli.starting import check_target, go_on_as, start
 from resumable_trainer.errors import NotFoundError
 from resumable_trainer.loop import launch
@@ -27,6 +28,8 @@ def run(args: argparse.Namespace) -> int:
         )
     command = recorded.command
     check_target(command)
+    if args.restart:
+        return supervise(args, ["resume", str(directory), *options(args)], lambda: [directory])
     go_on_as(command.python, _arguments(args, directory))
     os.chdir(command.cwd)
     launch.process.handover.directory = directory
@@ -36,13 +39,4 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _arguments(args: argparse.Namespace, directory: Path) -> list[str]:
-    options = [name for name in ("strict", "relaunch", "json") if getattr(args, name)]
-    return [
-        "resume",
-        str(directory),
-        *(f"--{name}" for name in options),
-        "--from",
-        args.which,
-        "--if-running",
-        args.if_running,
-    ]
+    return ["resume", str(directory), *where(args), *options(args)]

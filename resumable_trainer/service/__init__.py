@@ -1,0 +1,1 @@
+"""Staying alive: a supervisor for places without a service manager, and hooks for people. Free of torch."""
