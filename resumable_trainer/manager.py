@@ -207,6 +207,7 @@ class StateManager:
         self._lock = lock
         self._command = command
         self._events: Journal | None = None
+        self.on_event: Callable[[Path, Mapping[str, Any]], None] | None = None  # is told what is noted
         self._in_flight: PendingSnapshot | None = None
         self._planner = Planner()
         self._arena = Arena()
@@ -306,8 +307,11 @@ class StateManager:
         """Append a row to the run's events, with the time and the generation."""
         generation = self.lock.generation
         assert self._events is not None
-        self._events.append({"event": event, "time": _now(), "generation": generation, **fields})
+        row = {"event": event, "time": _now(), "generation": generation, **fields}
+        self._events.append(row)
         self._events.flush()
+        if self.on_event is not None:
+            self.on_event(self.directory, row)
 
     def _newest_generation(self) -> int:
         """Generation of the newest readable manifest: the lock file itself may have been lost."""

@@ -289,20 +289,33 @@ def _add_starting(parser: argparse.ArgumentParser) -> None:
         "--relaunch", action="store_true", help="start the script even though the run is done and its sources unchanged"
     )
     parser.add_argument("--json", action="store_true", help="if nothing is to be started, say so as JSON")
-    group = parser.add_argument_group("where no service manager watches over it")
-    group.add_argument("--restart", action="store_true", help="start it again when it is preempted, fails or hangs")
-    group.add_argument("--max-failures", type=_number, default=100, metavar="N", help="borne in all (default: 100)")
-    group.add_argument("--max-preemptions", type=_number, metavar="N", help="borne in all (default: any number)")
+    _add_staying_alive(parser)
+
+
+def _add_staying_alive(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--on-event",
+        metavar="COMMAND",
+        help="run COMMAND with JSON on standard input when the run has started, is preempted, has stopped early, has"
+        " finished, is failing, has quarantined a snapshot or diverged; not recorded: give it at each start",
+    )
+    group = parser.add_argument_group("staying alive without a service manager")
     group.add_argument(
-        "--max-in-vain", type=_number, default=5, metavar="N", help="restarts without a new snapshot (default: 5)"
+        "--restart", action="store_true", help="start the training again after preemptions, failures and hangs"
+    )
+    group.add_argument("--max-failures", type=int, metavar="N", help="restarts after failures (default: no limit)")
+    group.add_argument("--max-preemptions", type=int, metavar="N", help="after preemptions (default: no limit)")
+    group.add_argument(
+        "--max-stuck", type=int, default=5, metavar="N", help="failures in a row without durable progress (default: 5)"
     )
     group.add_argument(
         "--hang-timeout",
-        type=_seconds,
-        default=1800.0,
+        type=float,
         metavar="S",
-        help="silence that counts as a hang, until the pace of the run has been learned (default: 1800)",
+        help="seconds without a sign of life until the training has learned its own limit (default: 1800, from its"
+        " first sign of life on)",
     )
+    group.add_argument("--backoff", type=float, default=1.0, metavar="S", help="first wait; doubles (default: 1)")
 
 
 def _add_run(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:

@@ -6,6 +6,7 @@ import os
 from typing import TYPE_CHECKING
 
 from resumable_trainer.cli.output import run_directory
+from resumable_trainer.cli.restarting import options, supervise, where
 from resumable_trainer.cli.starting import check_target, go_on_as, start
 from resumable_trainer.errors import NotFoundError
 from resumable_trainer.loop import launch
@@ -18,8 +19,6 @@ if TYPE_CHECKING:
 def run(args: argparse.Namespace) -> int:
     """Continue; the exit code of the training."""
     directory = run_directory(args).resolve()
-    if args.restart:
-        return _supervise(args, directory)
     recorded = launch.recorded_start(directory)
     if recorded is None:
         raise NotFoundError(
@@ -29,6 +28,8 @@ def run(args: argparse.Namespace) -> int:
         )
     command = recorded.command
     check_target(command)
+    if args.restart:
+        return supervise(args, ["resume", str(directory), *options(args)], lambda: [directory])
     go_on_as(command.python, _arguments(args, directory))
     os.chdir(command.cwd)
     launch.process.handover.directory = directory
@@ -37,23 +38,5 @@ def run(args: argparse.Namespace) -> int:
     return start(command, [directory], directory, args)
 
 
-def _supervise(args: argparse.Namespace, directory: Path) -> int:
-    from resumable_trainer.cli.supervising import Runs, starting_options, supervise
-
-    def arguments(has_begun: bool) -> list[str]:
-        return ["resume", str(directory), *starting_options(args, has_begun=has_begun)]
-
-    return supervise(arguments, Runs(lambda: [directory]), args)
-
-
 def _arguments(args: argparse.Namespace, directory: Path) -> list[str]:
-    options = [name for name in ("strict", "relaunch", "json") if getattr(args, name)]
-    return [
-        "resume",
-        str(directory),
-        *(f"--{name}" for name in options),
-        "--from",
-        args.which,
-        "--if-running",
-        args.if_running,
-    ]
+    return ["resume", str(directory), *where(args), *options(args)]

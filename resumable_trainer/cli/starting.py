@@ -13,6 +13,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from resumable_trainer.cli.restarting import prepare
 from resumable_trainer.durable.files import Files, remove_tree
 from resumable_trainer.durable.lock import RunLock
 from resumable_trainer.errors import DamagedSnapshotError, ExitCode, NotFoundError, RunHeldError, SnapshotGoneError
@@ -150,6 +151,7 @@ def start(command: Command, directories: list[Path], target: Path | None, args: 
     handover = launch.process.handover
     handover.command, handover.strict, handover.fresh, handover.which = command, args.strict, fresh, args.which
     handover.target = target or (directories[0] if len(directories) == 1 else None)
+    prepare(args)
     notices.install()
     try:
         _take_locks(directories, command)

@@ -6,13 +6,12 @@ import getpass
 import json
 import os
 import pwd
-import shutil
 import subprocess
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from resumable_trainer.cli.output import run_directory
-from resumable_trainer.durable.files import Files, write_replacing
+from resumable_trainer.durable.files import Files, remove_tree, write_replacing
 from resumable_trainer.errors import NotFoundError, SettingsError, UsageError
 from resumable_trainer.loop import launch
 from resumable_trainer.service import systemd
@@ -117,7 +116,7 @@ def _remove(plan: Plan, units: Path, args: argparse.Namespace) -> int:
     is_there = drop_in.exists()
     if is_there:
         _systemctl(args, "disable", "--now", plan.instance)
-        shutil.rmtree(drop_in.parent)
+        remove_tree(Files(), drop_in.parent)
     template = units / systemd.TEMPLATE
     if template.exists() and systemd.MARK in template.read_text() and not _others(units):
         template.unlink()

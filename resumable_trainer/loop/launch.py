@@ -8,6 +8,7 @@ imported. What it knows it leaves here; the script's `Run` picks it up. Free of 
 from __future__ import annotations
 
 import atexit
+import contextlib
 import datetime
 import functools
 import io
@@ -21,12 +22,12 @@ from typing import TYPE_CHECKING, Any
 
 from resumable_trainer.durable.digest import digest_bytes, reading
 from resumable_trainer.durable.journal import Journal
-from resumable_trainer.durable.lock import RunLock
+from resumable_trainer.durable.lock import RunLock, read_owner
 from resumable_trainer.errors import RunHeldError
 from resumable_trainer.snapshot.layout import EVENTS, RUN_LOCK
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Mapping
 
     from resumable_trainer.loop.probe import Probe
 
@@ -99,6 +100,7 @@ class Handover:
         strict: Refuse on drift.
         locks: Locks already taken, by resolved run directory.
         moved: Where runs are now, by the resolved directory in which they were recorded.
+        on_event: Is told each event that is noted, with the run directory.
         probe: Gives what examines the runs of this process; None for a training.
     """
 
@@ -110,6 +112,7 @@ class Handover:
     strict: bool = False
     locks: dict[Path, RunLock] = field(default_factory=dict)
     moved: dict[Path, Path] = field(default_factory=dict)
+    on_event: Callable[[Path, Mapping[str, Any]], None] | None = None
     probe: Callable[[], Probe] | None = None
 
     def applies_to(self, directory: Path) -> bool:
@@ -167,27 +170,24 @@ class Process:
 process = Process()
 
 
-def note_ended(directory: Path, **fields: Any) -> bool:
-    """Note how a process ended that did not say so itself, by who watched it; False if that could not be noted.
+def note_ended(directory: Path, **fields: Any) -> None:
+    """Note in a run's events how its last process ended, if it did not say so itself; best effort.
+
+    For whoever watched it. A run that somebody holds by now is left alone.
 
     Args:
         directory: The run directory.
         fields: `by`, `result` ("exit", "signal" or "hang"), `code` or `signal`.
     """
-    if not (directory / RUN_LOCK).exists():
-        return False
-    last = last_events(directory, ("launched", "exited", "ended"))
-    launched = last.get("launched")
-    if launched is None or any(
-        last[kind]["generation"] == launched["generation"] for kind in ("exited", "ended") if kind in last
-    ):
-        return False
+    owner = read_owner(directory / RUN_LOCK)
+    if owner is None:
+        return
+    said = last_events(directory, ("exited", "ended"))
+    if any(event["generation"] == owner.generation for event in said.values()):
+        return
     time = datetime.datetime.now(datetime.UTC).isoformat(timespec="milliseconds")
-    try:
-        _append_event(directory, {"event": "ended", "time": time, "generation": launched["generation"], **fields})
-    except (RunHeldError, OSError):
-        return False
-    return True
+    with contextlib.suppress(RunHeldError, OSError):
+        _append_event(directory, {"event": "ended", "time": time, "generation": owner.generation, **fields})
 
 
 def _append_event(directory: Path, event: dict[str, Any]) -> None:

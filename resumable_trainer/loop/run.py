@@ -165,6 +165,7 @@ class Run:
             lock=launch.process.handover.locks.pop(self.directory.resolve(), None),
             command=str(self._command),
         )
+        self._manager.on_event = launch.process.handover.on_event
         try:
             self._manager.open()
             self._open()

@@ -1,1 +1,1 @@
-"""Staying alive: the supervisor, and texts for systemd, cron, Slurm and Kubernetes. Free of torch."""
+"""Staying alive: a supervisor for places without a service manager, and hooks for people. Free of torch."""

@@ -1,18 +1,19 @@
-"""Whether to start a training again, and after how long: a pure policy over how it has ended. Free of torch.
+"""How often a training is started again, and after which wait: a pure policy.
 
-Preemptions (exit 75) are nobody's fault and have a budget of their own, without limit by default. Failures (exit 70, 74
-and the like, death by a signal, hangs) have one too; and whatever the budgets say, a training that comes no further
-(no new durable snapshot) is given up after a few restarts: the next would end the same.
+Preemptions and failures have budgets of their own: a spot market that takes the machine away fifty
+times says nothing about the training. What tells a training that cannot go on from one that is
+unlucky is durable progress: after so many failures in a row without any, starting it again is no use.
 """
 
 from __future__ import annotations
 
 import signal
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from resumable_trainer.errors import ExitCode, SettingsError
 
+Kind = Literal["preempted", "failed", "final"]
 FINAL = frozenset(
     {
         ExitCode.DONE,
@@ -25,142 +26,155 @@ FINAL = frozenset(
         ExitCode.INTERRUPTED,
     }
 )
-"""Exit codes after which starting again would be of no use."""
-
-Kind = Literal["final", "preempted", "failed"]
 
 
 @dataclass(frozen=True)
 class Ending:
-    """How a child has ended.
+    """How a child ended.
 
     Attributes:
-        code: As `subprocess` has it: an exit code, or -n for death by signal n.
+        code: Its exit code; negative: the signal that it died of.
+        progressed: Whether it has made durable progress.
+        step: Of the newest durable snapshot; None if there is none.
+        error: What it said about its failure; empty if nothing.
         hung: Whether it was ended because it made no progress.
-        error: What it said, if it did.
     """
 
     code: int
-    hung: bool = False
+    progressed: bool
+    step: int | None = None
     error: str = ""
+    hung: bool = False
 
     @property
     def kind(self) -> Kind:
-        """What its end means for starting it again."""
+        """Whether to start again, and whose budget pays for it."""
         if self.hung:
             return "failed"
         if self.code in FINAL:
             return "final"
-        return "preempted" if self.code == ExitCode.PREEMPTED else "failed"
-
-    @property
-    def exit_code(self) -> int:
-        """As a shell has it: 128 + n for death by signal n."""
-        return self.code if self.code >= 0 else 128 - self.code
+        # A SIGTERM that kills came before the training's handlers stood.
+        return "preempted" if self.code in (ExitCode.PREEMPTED, -signal.SIGTERM) else "failed"
 
     def __str__(self) -> str:
         if self.hung:
-            return "made no progress and was ended"
+            return "it made no progress"
         if self.code < 0:
-            try:
-                name = signal.Signals(-self.code).name
-            except ValueError:
-                name = str(-self.code)
-            return f"killed by {name}"
-        return f"exit {self.code}" + (f" ({self.error})" if self.error else "")
+            return f"it died of {_name(-self.code)}"
+        words = "it was preempted" if self.code == ExitCode.PREEMPTED else f"it failed with exit code {self.code}"
+        return f"{words} ({self.error})" if self.error else words
+
+
+@dataclass(frozen=True)
+class Limits:
+    """How often a training may be started again.
+
+    Args:
+        max_failures: After failures, over the supervisor's life; None for no limit.
+        max_preemptions: After preemptions; None for no limit.
+        max_stuck: After failures in a row without durable progress.
+        first_wait_seconds: Before the first restart after a failure; doubled at each further one without progress.
+        longest_wait_seconds: The wait grows no longer.
+
+    Raises:
+        SettingsError: Any of them illegal; all problems in one message.
+    """
+
+    max_failures: int | None = None
+    max_preemptions: int | None = None
+    max_stuck: int = 5
+    first_wait_seconds: float = 1.0
+    longest_wait_seconds: float = 300.0
+
+    def __post_init__(self) -> None:
+        problems = [
+            f"{name} is {value}, it must be at least {least}"
+            for name, value, least in (
+                ("max_failures", self.max_failures, 0),
+                ("max_preemptions", self.max_preemptions, 0),
+                ("max_stuck", self.max_stuck, 0),
+                ("first_wait_seconds", self.first_wait_seconds, 0),
+                ("longest_wait_seconds", self.longest_wait_seconds, self.first_wait_seconds),
+            )
+            if value is not None and not value >= least
+        ]
+        if problems:
+            raise SettingsError(f"restarts: {'; '.join(problems)}", found=problems)
+
+
+@dataclass(frozen=True)
+class Spent:
+    """What has been used up so far.
+
+    Attributes:
+        failures: All of them.
+        preemptions: All of them.
+        stuck: Failures since the last durable progress.
+        idle: Endings of both kinds since the last durable progress.
+        errors: What the failures since then said, without repetition.
+    """
+
+    failures: int = 0
+    preemptions: int = 0
+    stuck: int = 0
+    idle: int = 0
+    errors: tuple[str, ...] = ()
+
+    @property
+    def restarts(self) -> int:
+        """How often the training has been started again, if each ending led to it."""
+        return self.failures + self.preemptions
+
+    def after(self, ending: Ending) -> Spent:
+        """What is used up once a child has ended so."""
+        before = replace(self, stuck=0, idle=0, errors=()) if ending.progressed else self
+        if ending.kind == "preempted":
+            return replace(before, preemptions=self.preemptions + 1, idle=before.idle + (not ending.progressed))
+        said = str(ending)
+        errors = before.errors if said in before.errors else (*before.errors, said)
+        return replace(before, failures=self.failures + 1, stuck=before.stuck + 1, idle=before.idle + 1, errors=errors)
 
 
 @dataclass(frozen=True)
 class Decision:
-    """What is to be done now.
+    """What follows from an ending.
 
     Attributes:
-        restart: Whether to start it again.
-        wait_seconds: How long to wait before.
-        reason: For a person.
+        wait_seconds: Before the next start; None: there is none.
+        reason: Why there is none; empty if a restart follows or nothing is left to do.
     """
 
-    restart: bool
-    wait_seconds: float
-    reason: str
+    wait_seconds: float | None
+    reason: str = ""
 
 
-@dataclass
-class Budget:
-    """Counts endings, and decides.
+def decide(limits: Limits, spent: Spent, ending: Ending) -> Decision:
+    """Whether to start again after `ending`, which `spent` counts already."""
+    if ending.kind == "final":
+        return Decision(None)
+    if ending.kind == "failed" and spent.stuck > limits.max_stuck:
+        return Decision(None, _why_stuck(spent, ending))
+    if limits.max_failures is not None and spent.failures > limits.max_failures and ending.kind == "failed":
+        return Decision(None, f"{spent.failures} failures, {limits.max_failures} are allowed; at last {ending}")
+    if limits.max_preemptions is not None and spent.preemptions > limits.max_preemptions and ending.kind == "preempted":
+        return Decision(None, f"{spent.preemptions} preemptions, {limits.max_preemptions} are allowed")
+    return Decision(_wait(limits, spent))
 
-    Args:
-        max_failures: How many failures are borne; None for any number.
-        max_preemptions: How many preemptions; None for any number.
-        max_in_vain: How many restarts after failures without a new durable snapshot.
-        first_wait_seconds: Before the first restart after a failure; doubled by each further one without progress.
-        longest_wait_seconds: At most.
 
-    Raises:
-        SettingsError: A limit below 0.
-    """
+def _wait(limits: Limits, spent: Spent) -> float:
+    if not spent.idle:
+        return 0.0  # preempted, and further than before: go on at once
+    return min(limits.longest_wait_seconds, limits.first_wait_seconds * 2.0 ** min(spent.idle - 1, 60))
 
-    max_failures: int | None = 100
-    max_preemptions: int | None = None
-    max_in_vain: int = 5
-    first_wait_seconds: float = 1.0
-    longest_wait_seconds: float = 300.0
-    num_failures: int = field(default=0, init=False)
-    num_preemptions: int = field(default=0, init=False)
-    _in_vain: int = field(default=0, init=False)
-    _preempted_in_vain: int = field(default=0, init=False)
-    _endings: list[str] = field(default_factory=list, init=False)
 
-    def __post_init__(self) -> None:
-        for name in ("max_failures", "max_preemptions", "max_in_vain"):
-            value = getattr(self, name)
-            if value is not None and value < 0:
-                raise SettingsError(f"{name.replace('_', '-')} is {value}, it must be at least 0")
+def _why_stuck(spent: Spent, ending: Ending) -> str:
+    where = "before the first snapshot" if ending.step is None else f"at step {ending.step}"
+    same = "each time the same" if len(spent.errors) == 1 else f"{len(spent.errors)} different errors, the last"
+    return f"{spent.stuck} failures in a row without durable progress, {where}; {same}: {ending}"
 
-    def after(self, ending: Ending, *, has_progressed: bool, place: str) -> Decision:
-        """Decide after an ending.
 
-        Args:
-            ending: How the child has ended.
-            has_progressed: Whether there is a new durable snapshot since the last ending.
-            place: The newest durable snapshot, for a person.
-        """
-        if has_progressed:
-            self._in_vain = self._preempted_in_vain = 0
-            self._endings.clear()
-        if ending.kind == "final":
-            return Decision(False, 0.0, str(ending))
-        if ending.kind == "preempted":
-            return self._after_preemption(ending)
-        return self._after_failure(ending, place)
-
-    def _after_preemption(self, ending: Ending) -> Decision:
-        self.num_preemptions += 1
-        if self.max_preemptions is not None and self.num_preemptions > self.max_preemptions:
-            return Decision(
-                False, 0.0, f"preempted {self.num_preemptions} times, at most {self.max_preemptions} allowed"
-            )
-        wait = self._backoff(self._preempted_in_vain) if self._preempted_in_vain else 0.0
-        self._preempted_in_vain += 1
-        return Decision(True, wait, f"preempted, restart {self.num_preemptions + self.num_failures}")
-
-    def _after_failure(self, ending: Ending, place: str) -> Decision:
-        self.num_failures += 1
-        self._endings.append(str(ending))
-        if self.max_failures is not None and self.num_failures > self.max_failures:
-            return Decision(
-                False, 0.0, f"{ending}; failed {self.num_failures} times, at most {self.max_failures} allowed"
-            )
-        if self._in_vain >= self.max_in_vain:
-            return Decision(False, 0.0, f"{self._in_vain} restarts came no further than {place}: {self._how()}")
-        wait = self._backoff(self._in_vain)
-        self._in_vain += 1
-        tried = f", {self._in_vain} of at most {self.max_in_vain} without progress" if self._in_vain > 1 else ""
-        return Decision(True, wait, f"{ending}, restart {self.num_preemptions + self.num_failures}{tried}")
-
-    def _backoff(self, times: int) -> float:
-        return min(self.first_wait_seconds * 2.0 ** min(times, 30), self.longest_wait_seconds)
-
-    def _how(self) -> str:
-        kinds = list(dict.fromkeys(self._endings))
-        return f"each time {kinds[0]}" if len(kinds) == 1 else "; ".join(kinds)
+def _name(number: int) -> str:
+    try:
+        return signal.Signals(number).name
+    except ValueError:
+        return f"signal {number}"

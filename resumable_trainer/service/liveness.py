@@ -1,119 +1,115 @@
-"""A listener for a child's signs of life: the receiving side of sd_notify(3). Free of torch.
+"""The watching end of the sd_notify protocol: what a training says about itself, and until when it must.
 
-Only the child itself is heard: the kernel tells the pid of each sender, so that a worker process which has inherited
-`$NOTIFY_SOCKET` cannot speak for a training that hangs.
+Policy: only datagrams of the training's own process count; the kernel says whose they are
+(SCM_CREDENTIALS), so that a data-loader worker cannot speak for a training that hangs. The socket has an
+abstract name: no file that could be left over. Linux alone; elsewhere nothing is heard.
 """
 
 from __future__ import annotations
 
 import contextlib
 import os
-import secrets
-import select
 import socket
 import struct
-import tempfile
-import time
-from pathlib import Path
-from typing import TYPE_CHECKING
+import sys
+from dataclasses import dataclass, field
 
-if TYPE_CHECKING:
-    from collections.abc import Callable
-
-_MAX_BYTES = 65536
-_CREDENTIALS = struct.Struct("3i")  # struct ucred: pid, uid, gid
+_CREDENTIALS = struct.Struct("3i")  # pid, uid, gid
+_MAX_BYTES = 4096
+DEFAULT_LIMIT_SECONDS = 1800.0
 
 
+@dataclass
 class Liveness:
-    """What is known of a child's life: pure, told times and messages.
+    """Until when a child must give its next sign of life; the clock is the caller's.
 
     Args:
-        limit_seconds: How long it may be silent, until it says otherwise.
-        now: Seconds.
-
-    Attributes:
-        limit_seconds: The limit that holds.
-        status: Its last `STATUS=`.
-        is_ready: Whether it has said `READY=1`.
-        is_stopping: Whether it has said `STOPPING=1`.
+        limit_seconds: Until the child has learned a better one; None: it is not watched before it has spoken.
+        started: When it was started.
     """
 
-    def __init__(self, limit_seconds: float, now: float) -> None:
-        self.limit_seconds = limit_seconds
-        self.status = ""
-        self.is_ready = self.is_stopping = False
-        self._alive_at = now
-        self._extended_to = now
+    limit_seconds: float | None
+    started: float
+    status: str = ""
+    is_ready: bool = False
+    is_stopping: bool = False
+    deadline: float | None = field(init=False)
 
-    def hear(self, message: str, now: float) -> None:
-        """Take up one message; what is not understood is passed over."""
-        for line in message.splitlines():
-            key, _, value = line.partition("=")
-            if key in ("READY", "WATCHDOG") and value == "1":
-                self._alive_at = self._extended_to = now
-                self.is_ready |= key == "READY"
-            elif key == "STOPPING" and value == "1":
-                self.is_stopping = True
-            elif key == "STATUS":
-                self.status = value
-            elif key == "WATCHDOG_USEC" and (seconds := _seconds(value)):
-                self.limit_seconds = seconds
-            elif key == "EXTEND_TIMEOUT_USEC" and (seconds := _seconds(value)):
-                self._extended_to = now + seconds
+    def __post_init__(self) -> None:
+        self.deadline = None if self.limit_seconds is None else self.started + self.limit_seconds
 
-    def deadline(self) -> float:
-        """When it counts as hung if nothing is heard until then."""
-        return max(self._alive_at + self.limit_seconds, self._extended_to)
+    def hear(self, message: dict[str, str], now: float) -> None:
+        """Take up what the child has said."""
+        if self.limit_seconds is None:
+            self.limit_seconds = DEFAULT_LIMIT_SECONDS
+            self.deadline = now + self.limit_seconds
+        learned = _microseconds(message.get("WATCHDOG_USEC"))
+        if learned:
+            self.limit_seconds = learned
+        self.status = message.get("STATUS", self.status)
+        self.is_ready |= message.get("READY") == "1"
+        self.is_stopping |= message.get("STOPPING") == "1"
+        if learned or any(message.get(word) == "1" for word in ("READY", "WATCHDOG", "STOPPING")):
+            self.deadline = now + self.limit_seconds
+        extended = _microseconds(message.get("EXTEND_TIMEOUT_USEC"))
+        if extended:
+            self.deadline = max(self.deadline or now, now + extended)
+
+    def is_over(self, now: float) -> bool:
+        """Whether the child has been silent for too long."""
+        return self.deadline is not None and now >= self.deadline
 
 
-def _seconds(microseconds: str) -> float:
-    return int(microseconds) / 1_000_000 if microseconds.isdecimal() and len(microseconds) < 16 else 0.0
+class Ear:
+    """The socket on which a supervisor hears its child."""
 
+    def __init__(self) -> None:
+        self.address: str | None = None
+        self._socket: socket.socket | None = None
+        if sys.platform == "linux":
+            name = f"resumable-trainer/{os.getpid()}-{os.urandom(8).hex()}"
+            self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC)
+            self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_PASSCRED, 1)
+            self._socket.bind(f"\0{name}")
+            self.address = f"@{name}"
 
-class Listener:
-    """A socket that a child sends its signs of life to.
+    def fileno(self) -> int:
+        """For a selector; -1 where nothing is heard."""
+        return -1 if self._socket is None else self._socket.fileno()
 
-    Attributes:
-        address: For the child's `$NOTIFY_SOCKET`.
-    """
-
-    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
-        self._clock = clock
-        self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC)
-        self._socket.setblocking(False)
-        self._directory: tempfile.TemporaryDirectory[str] | None = None
-        self._passes = getattr(socket, "SO_PASSCRED", None)
-        if self._passes is not None:
-            self._socket.setsockopt(socket.SOL_SOCKET, self._passes, 1)
-            name = f"resumable-trainer-{os.getpid()}-{secrets.token_hex(4)}"
-            self._socket.bind("\0" + name)
-            self.address = "@" + name
-        else:
-            self._directory = tempfile.TemporaryDirectory(prefix="resumable-trainer-")
-            self.address = str(Path(self._directory.name) / "notify")
-            self._socket.bind(self.address)
-
-    def receive(self, pid: int, liveness: Liveness, timeout_seconds: float) -> None:
-        """Wait for messages at most so long, and let `liveness` hear those of the process `pid`."""
-        select.select([self._socket], [], [], max(0.0, timeout_seconds))
-        while True:
+    def messages(self, pid: int) -> list[dict[str, str]]:
+        """All that process `pid` has said since the last call; what others say is dropped."""
+        found: list[dict[str, str]] = []
+        while self._socket is not None:
             try:
                 data, ancillary, _, _ = self._socket.recvmsg(_MAX_BYTES, socket.CMSG_SPACE(_CREDENTIALS.size))
-            except (BlockingIOError, InterruptedError):
-                return
-            if self._passes is None or _sender(ancillary) == pid:
-                liveness.hear(data.decode(errors="replace"), self._clock())
+            except OSError:
+                break
+            if _sender(ancillary) == pid:
+                found.append(_parsed(data))
+        return found
 
     def close(self) -> None:
-        """Let go of the socket."""
-        self._socket.close()
-        if self._directory is not None:
+        """Hear no more."""
+        if self._socket is not None:
             with contextlib.suppress(OSError):
-                self._directory.cleanup()
+                self._socket.close()
 
 
-def _sender(ancillary: list[tuple[int, int, bytes]]) -> int:
+def _sender(ancillary: list[tuple[int, int, bytes]]) -> int | None:
     for level, kind, data in ancillary:
-        if level == socket.SOL_SOCKET and kind == getattr(socket, "SCM_CREDENTIALS", -1):
-            return int(_CREDENTIALS.unpack(data[: _CREDENTIALS.size])[0])
-    return -1
+        if level == socket.SOL_SOCKET and kind == socket.SCM_CREDENTIALS and len(data) >= _CREDENTIALS.size:
+            return int(_CREDENTIALS.unpack_from(data)[0])
+    return None
+
+
+def _parsed(data: bytes) -> dict[str, str]:
+    lines = data.decode(errors="replace").splitlines()
+    return {key: value for key, _, value in (line.partition("=") for line in lines)}
+
+
+def _microseconds(text: str | None) -> float | None:
+    """Seconds; None for what is no sensible number."""
+    if text is None or not text.isascii() or not text.isdigit() or len(text) > 18:
+        return None
+    return int(text) / 1e6 or None

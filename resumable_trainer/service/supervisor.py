@@ -1,187 +1,242 @@
-"""The supervisor: starts a training, and again when it ends before its time; ends it when it hangs. Free of torch.
+"""The supervisor: starts a training, and starts it again until it is through or there is no use in it.
 
-It is for places without a service manager. The training is its child, in a process group of its own, and hears of
-signals through it alone. Neither outlives the other unseen: the supervisor leaves only when its child has, and the
-child is sent SIGTERM by the kernel when the supervisor dies (so that it saves, and leaves).
+Policy: what is restarted is said by the exit code (`budget`), when it hangs by its own words (`liveness`).
+Signals pass through. A SIGTERM or SIGINT to the supervisor ends it: with the child's exit code once the
+child has saved. A SIGHUP (the terminal has gone) is passed on as a SIGTERM, as a training has no handler for
+it. The supervisor's exit code is the last child's. Of a child that died of signal n it is 128 + n, as a
+shell has it: a service manager sees a failure. One that died of the SIGTERM passed on, before its handlers
+stood, counts as preempted (75): nothing was lost, and it may be run again.
+
+Cost: it sleeps until a signal, a word of the child or the child's time limit wakes it.
 """
 
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import os
+import select
 import signal
-import subprocess
-import sys
 import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from resumable_trainer.service.budget import Budget, Ending
-from resumable_trainer.service.liveness import Listener, Liveness
+from resumable_trainer.errors import ExitCode
+from resumable_trainer.loop import launch
+from resumable_trainer.service import progress
+from resumable_trainer.service.budget import Decision, Ending, Limits, Spent, decide
+from resumable_trainer.service.liveness import DEFAULT_LIMIT_SECONDS, Ear, Liveness
+from resumable_trainer.service.process import Child
+from resumable_trainer.service.progress import Standing
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Callable, Iterator, Sequence
+    from pathlib import Path
+    from types import FrameType
 
-_POLL_SECONDS = 0.1
-_ABORT_SECONDS = 10.0
-_PR_SET_PDEATHSIG = 1
+    from resumable_trainer.service.hooks import Hooks
+
+_PASSED_ON = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2, signal.SIGCONT)
+_LEAVE = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+_ABORT_GRACE_SECONDS = 10.0
 
 
 @dataclass(frozen=True)
-class Watched:
-    """What the supervisor asks about the training, by functions that read the run directory.
+class Training:
+    """What is supervised.
 
     Attributes:
-        newest: Name of the newest durable snapshot; None before the first.
-        error: What the last launch said of its failure; "" if nothing.
-        ended: Notes how a child ended that may not have said so itself.
+        first: Command line of the first start, which may go back (`--from`) or begin anew (`--fresh`).
+        again: Command line of all further ones.
+        directories: Gives the run directories known to belong to it.
     """
 
-    newest: Callable[[], str | None]
-    error: Callable[[], str]
-    ended: Callable[[Mapping[str, Any]], None]
+    first: Sequence[str]
+    again: Sequence[str]
+    directories: Callable[[], list[Path]]
 
 
 class Supervisor:
-    """Runs a command until it is done, or there is no use in it.
+    """Starts a training again and again.
 
     Args:
-        command: Gives the training's command line; told whether an earlier child was ready (had restored its state).
-        watched: What is asked about it.
-        budget: Decides about restarts.
-        hang_seconds: How long the training may give no sign of life before it has learned a limit of its own.
+        training: What to start.
+        limits: How often.
+        hang_timeout: Seconds without a sign of life after which a child is ended, until it has learned a better
+            limit; None: half an hour from its first sign of life on.
+        hooks: Tells people.
         say: Shows a line to a person.
     """
 
     def __init__(
         self,
-        command: Callable[[bool], Sequence[str]],
+        training: Training,
         *,
-        watched: Watched,
-        budget: Budget,
-        hang_seconds: float,
+        limits: Limits,
+        hang_timeout: float | None = None,
+        hooks: Hooks | None = None,
         say: Callable[[str], None],
     ) -> None:
-        self._command, self._watched, self._budget = command, watched, budget
-        self._hang_seconds, self._say = hang_seconds, say
-        self._child: subprocess.Popen[bytes] | None = None
-        self._is_asked_to_leave = self._has_begun = False
+        self._training, self._limits, self._hang_timeout = training, limits, hang_timeout
+        self._hooks, self._say = hooks, say
+        self._spent = Spent()
+        self._child: Child | None = None
+        self._has_begun = False
+        self._leaving: int | None = None
+        self._unsent: list[int] = []
+        self._ear = Ear()
+        self._wake_read = self._wake_write = -1
 
     def run(self) -> int:
-        """Supervise until the end; the exit code of the last child, 128 + n if it died by signal n."""
-        listener = Listener()
-        previous = {number: signal.signal(number, self._pass_on) for number in _PASSED}
-        try:
-            return self._run(listener)
-        finally:
-            for number, handler in previous.items():
-                signal.signal(number, handler)
-            listener.close()
+        """Supervise until there is nothing left to start; the exit code."""
+        with self._listening():
+            while True:
+                ending = self._one()
+                self._spent = self._spent.after(ending)
+                decision = decide(self._limits, self._spent, ending)
+                if decision.wait_seconds is None or self._leaving is not None:
+                    return self._end(ending, decision)
+                self._say(self._line(ending, decision.wait_seconds))
+                if not self._sleep(decision.wait_seconds):
+                    return self._end(ending, decision)
 
-    def _run(self, listener: Listener) -> int:
-        newest = self._watched.newest()
-        while True:
-            ending = self._one(listener)
-            before, newest = newest, self._watched.newest()
-            place = newest or "the beginning"
-            decision = self._budget.after(ending, has_progressed=newest != before, place=place)
-            if ending.kind == "final" or not self._may_go_on():
-                return ending.exit_code
-            if not decision.restart:
-                self._say(f"giving up: {decision.reason}")
-                return ending.exit_code
-            wait = f" in {decision.wait_seconds:.0f} s" if decision.wait_seconds else ""
-            self._say(f"{decision.reason}{wait}, from {place}")
-            self._wait(decision.wait_seconds)
-            if not self._may_go_on():
-                return ending.exit_code
+    # -- one child --------------------------------------------------------------------------------
 
-    def _may_go_on(self) -> bool:
-        return not self._is_asked_to_leave
+    def _one(self) -> Ending:
+        self._unsent.clear()
+        before = Standing.of(self._training.directories())
+        argv = self._training.again if self._has_begun else self._training.first
+        self._child = child = Child(argv, self._environment())
+        for number in self._unsent:  # asked for while it was being started
+            child.send(number)
+        hung = self._watch(child)
+        if hung:
+            child.abort(_ABORT_GRACE_SECONDS)
+        code = child.reap()
+        self._child = None
+        return self._judge(child.pid, code, hung=hung, before=before)
 
-    def _one(self, listener: Listener) -> Ending:
-        """One life of the child."""
-        microseconds = str(int(self._hang_seconds * 1_000_000))
-        environment = {**os.environ, "NOTIFY_SOCKET": listener.address, "WATCHDOG_USEC": microseconds}
-        environment.pop("WATCHDOG_PID", None)
-        with _signals_held():  # one that comes now is passed on to the child as soon as there is one
-            self._child = subprocess.Popen(  # noqa: S603 - our own command line
-                self._command(self._has_begun), env=environment, process_group=0, preexec_fn=_begin_child(os.getpid())
-            )
-        child, hung = self._child, False
-        liveness = Liveness(self._hang_seconds, time.monotonic())
-        while child.poll() is None:
-            listener.receive(child.pid, liveness, _POLL_SECONDS)
-            if time.monotonic() > liveness.deadline() and child.poll() is None:
-                hung = True
-                self._say(
-                    f"no sign of life for {liveness.limit_seconds:.0f} s (last: {liveness.status or 'none'});"
-                    " ending it, the stacks of its threads follow"
-                )
-                self._end_hung(child)
-        self._has_begun |= liveness.is_ready
-        code = child.returncode
+    def _environment(self) -> dict[str, str]:
+        environment = {**os.environ}
+        for name in ("NOTIFY_SOCKET", "WATCHDOG_USEC", "WATCHDOG_PID"):  # those of whoever watches the supervisor
+            environment.pop(name, None)
+        if self._ear.address is not None:
+            limit = self._hang_timeout or DEFAULT_LIMIT_SECONDS
+            environment |= {"NOTIFY_SOCKET": self._ear.address, "WATCHDOG_USEC": str(int(limit * 1e6))}
+        return environment
+
+    def _watch(self, child: Child) -> bool:
+        """Wait until the child has ended, or hangs; whether it hangs."""
+        liveness = Liveness(self._hang_timeout if self._ear.address else None, time.monotonic())
+        while not child.has_ended:
+            for message in self._ear.messages(child.pid):
+                liveness.hear(message, time.monotonic())
+            now = time.monotonic()
+            if liveness.is_over(now):
+                limit = liveness.limit_seconds or 0.0
+                self._say(f"no sign of life for {limit:.3g} s ({liveness.status or 'no status'}): it is ended")
+                return True
+            self._wait(None if liveness.deadline is None else liveness.deadline - now)
+        return False
+
+    def _judge(self, pid: int, code: int, *, hung: bool, before: Standing) -> Ending:
+        directories = self._training.directories()
+        after = Standing.of(directories)
+        mine = progress.runs_of(pid, directories)
+        baseline = before
+        if not self._has_begun and self._training.first != self._training.again:
+            # It went back: what it has saved is progress, whatever was there before.
+            new = [path for path in mine if progress.last_of(path, ("committed",))]
+            baseline = Standing({path: order for path, order in before.durable.items() if path not in new}, {})
+        self._has_begun |= any(map(progress.has_begun, mine))
+        for directory in mine:
+            if hung or not progress.has_said_its_end(directory):
+                launch.note_ended(directory, by="supervisor", **_result(code, hung=hung))
+        error = next(filter(None, map(progress.error_in, mine)), "") if code > 0 else ""
+        ending = Ending(code, after.is_further_than(baseline), after.step, error, hung)
         if hung or code < 0:
-            _kill_group(child.pid)  # workers that it has left
-        self._note_ended(code, hung=hung)
-        return Ending(code, hung, self._watched.error() if code > 0 and not hung else "")
+            self._tell("failing", {"reason": str(ending), "step": after.step, **_result(code, hung=hung)}, mine)
+        return ending
 
-    def _end_hung(self, child: subprocess.Popen[bytes]) -> None:
-        """SIGABRT, upon which the stacks of all threads are shown; SIGKILL for the rest."""
-        with contextlib.suppress(ProcessLookupError):
-            child.send_signal(signal.SIGCONT)
-            child.send_signal(signal.SIGABRT)
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            child.wait(_ABORT_SECONDS)
-        _kill_group(child.pid)
-        child.wait()
+    def _tell(self, word: str, fields: dict[str, Any], directories: Sequence[Path] = ()) -> None:
+        if self._hooks is not None:
+            known = [*directories, *self._training.directories()]
+            self._hooks.tell(word, known[0] if known else None, fields)
 
-    def _note_ended(self, code: int, *, hung: bool) -> None:
-        fields: dict[str, Any] = {"by": "supervisor", "result": "hang" if hung else "signal" if code < 0 else "exit"}
-        fields["signal" if code < 0 else "code"] = abs(code)
-        self._watched.ended(fields)
+    # -- what follows -----------------------------------------------------------------------------
 
-    def _pass_on(self, number: int, frame: object) -> None:
-        name = signal.Signals(number)
-        if name is not signal.SIGUSR1:
-            self._is_asked_to_leave = True
-        if name is signal.SIGHUP:
-            name = signal.SIGTERM  # the terminal is gone: save, and leave
-        if self._child is not None and self._child.poll() is None:
-            self._child.send_signal(name)
+    def _line(self, ending: Ending, wait: float) -> str:
+        step = "no snapshot yet" if ending.step is None else f"step {ending.step}"
+        spent = self._spent
+        return (
+            f"restart {spent.restarts} in {wait:.3g} s: {ending}; safe on disk: {step}"
+            f" ({spent.preemptions} preemptions, {spent.failures} failures)"
+        )
 
-    def _wait(self, seconds: float) -> None:
-        until = time.monotonic() + seconds
-        while self._may_go_on() and (left := until - time.monotonic()) > 0:
-            time.sleep(min(left, _POLL_SECONDS))
+    def _end(self, ending: Ending, decision: Decision) -> int:
+        if decision.reason and self._leaving is None:
+            self._say(f"gave up: {decision.reason}")
+            self._tell("failing", {"reason": f"gave up: {decision.reason}", "step": ending.step})
+        if ending.code >= 0:
+            return ending.code
+        if self._leaving is not None and -ending.code == signal.SIGTERM:
+            return int(ExitCode.PREEMPTED)
+        return 128 - ending.code
+
+    # -- signals ----------------------------------------------------------------------------------
+
+    @contextlib.contextmanager
+    def _listening(self) -> Iterator[None]:
+        self._wake_read, self._wake_write = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
+        before = {number: signal.getsignal(number) for number in (*_PASSED_ON, signal.SIGCHLD)}
+        wakeup = signal.set_wakeup_fd(self._wake_write, warn_on_full_buffer=False)
+        try:
+            for number, handler in before.items():
+                if handler != signal.SIG_IGN or number == signal.SIGCHLD:
+                    signal.signal(number, self._handle)
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler if handler is not None else signal.SIG_DFL)
+            signal.set_wakeup_fd(wakeup)
+            os.close(self._wake_read)
+            os.close(self._wake_write)
+            self._ear.close()
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        if number == signal.SIGCHLD:
+            return  # it has woken the loop
+        passed = signal.SIGTERM if number == signal.SIGHUP else signal.Signals(number)
+        if number in _LEAVE:
+            self._leaving = passed
+        if self._child is not None:
+            self._child.send(passed)
+        else:
+            self._unsent.append(passed)
+
+    def _wait(self, seconds: float | None) -> None:
+        """Until a signal, a word of the child, or so long."""
+        readable = [number for number in (self._wake_read, self._ear.fileno()) if number >= 0]
+        select.select(readable, [], [], None if seconds is None else max(0.0, seconds))
+        with contextlib.suppress(BlockingIOError):
+            os.read(self._wake_read, 4096)
+
+    def _sleep(self, seconds: float) -> bool:
+        """Wait before a restart; False if asked to leave meanwhile."""
+        deadline = time.monotonic() + seconds
+        while self._leaving is None and time.monotonic() < deadline:
+            select.select([self._wake_read], [], [], max(0.0, deadline - time.monotonic()))
+            with contextlib.suppress(BlockingIOError):
+                os.read(self._wake_read, 4096)
+        return self._leaving is None
 
 
-_PASSED = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
+def _result(code: int, *, hung: bool) -> dict[str, Any]:
+    result = "hang" if hung else "signal" if code < 0 else "exit"
+    return {"result": result, **({"signal": _signal_name(-code)} if code < 0 else {"code": code})}
 
 
-class _signals_held(contextlib.AbstractContextManager[None]):  # noqa: N801 - used like a function
-    def __enter__(self) -> None:
-        signal.pthread_sigmask(signal.SIG_BLOCK, _PASSED)
-
-    def __exit__(self, *exception: object) -> None:
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, _PASSED)
-
-
-def _begin_child(parent: int) -> Callable[[], None]:
-    """In the child, before its program: signals as usual, and SIGTERM when the supervisor dies (Linux)."""
-    prctl = ctypes.CDLL(None, use_errno=True).prctl if sys.platform == "linux" else None
-
-    def begin() -> None:
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, _PASSED)
-        if prctl is not None:
-            prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
-            if os.getppid() != parent:
-                os._exit(int(signal.SIGTERM) + 128)
-
-    return begin
-
-
-def _kill_group(pid: int) -> None:
-    with contextlib.suppress(ProcessLookupError, PermissionError):
-        os.killpg(pid, signal.SIGKILL)
+def _signal_name(number: int) -> str:
+    try:
+        return signal.Signals(number).name
+    except ValueError:
+        return str(number)

@@ -60,6 +60,7 @@ TORCH_FREE = [
     "loop.script",
     "loop.triggers",
     *(f"report.{path.stem}" for path in sorted((PACKAGE / "report").glob("*.py")) if path.stem != "__init__"),
+    *(f"service.{path.stem}" for path in sorted((PACKAGE / "service").glob("*.py")) if path.stem != "__init__"),
     *(f"cli.{path.stem}" for path in sorted((PACKAGE / "cli").glob("*.py")) if path.stem != "__init__"),
 ]
 

@@ -1,0 +1,222 @@
+"""The supervisor over children without torch: what it restarts, ends, passes on, and leaves behind."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from resumable_trainer.service.budget import Limits
+from resumable_trainer.service.supervisor import Supervisor, Training
+
+SUPERVISE = """
+import sys
+from resumable_trainer.service.budget import Limits
+from resumable_trainer.service.supervisor import Supervisor, Training
+hang = float(sys.argv[1]) or None
+argv = [sys.executable, *sys.argv[2:]]
+say = lambda line: print(line, file=sys.stderr, flush=True)
+training = Training(argv, argv, lambda: [])
+sys.exit(Supervisor(training, limits=Limits(max_stuck=3, first_wait_seconds=0.01), hang_timeout=hang, say=say).run())
+"""
+NOTIFY = """
+import faulthandler, os, signal, socket, sys, threading, time
+faulthandler.enable()
+def notify(text):
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as s:
+        s.sendto(text.encode(), chr(0) + os.environ["NOTIFY_SOCKET"][1:])
+count = int(open("count").read()) if os.path.exists("count") else 0
+open("count", "w").write(str(count + 1))
+"""
+
+
+def supervise(*argv: str) -> tuple[int, list[str]]:
+    lines: list[str] = []
+    training = Training([sys.executable, *argv], [sys.executable, *argv], list)
+    limits = Limits(max_stuck=3, first_wait_seconds=0.01)
+    return Supervisor(training, limits=limits, say=lines.append).run(), lines
+
+
+def started(tmp_path: Path, script: str, *, hang: float = 0) -> subprocess.Popen[str]:
+    (tmp_path / "child.py").write_text(script)
+    argv = [sys.executable, "-c", SUPERVISE, str(hang), "child.py"]
+    return subprocess.Popen(argv, cwd=tmp_path, stderr=subprocess.PIPE, text=True)
+
+
+def until(path: Path) -> str:
+    deadline = time.monotonic() + 20
+    while not path.exists() or not path.read_text():
+        assert time.monotonic() < deadline, path
+        time.sleep(0.01)
+    return path.read_text()
+
+
+def is_running(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+@pytest.mark.parametrize("code", [0, 2, 65, 66, 69, 78, 79, 130])
+def test_a_final_exit_code_is_passed_on_and_nothing_is_restarted(code: int) -> None:
+    assert supervise("-c", f"raise SystemExit({code})") == (code, [])
+
+
+@pytest.mark.parametrize("end", ["sys.exit(75)", "sys.exit(70)", "sys.exit(74)", "os.kill(os.getpid(), 9)"])
+def test_preemptions_failures_and_deaths_are_restarted(tmp_path: Path, end: str) -> None:
+    code = f"import os, sys; p = {str(tmp_path / 'x')!r}\nif not os.path.exists(p): open(p, 'w'); {end}"
+    found, lines = supervise("-c", code)
+    assert found == 0
+    assert len(lines) == 1
+    assert lines[0].startswith("restart 1 in 0.01 s")
+
+
+def test_it_gives_up_with_the_last_code_and_the_reason() -> None:
+    found, lines = supervise("-c", "raise SystemExit(70)")
+    assert found == 70
+    assert lines[-1].startswith("gave up: 4 failures in a row without durable progress, before the first snapshot")
+
+
+def test_a_death_by_signal_is_told_as_a_shell_does() -> None:
+    assert supervise("-c", "import os; os.kill(os.getpid(), 11)")[0] == 139
+
+
+@pytest.mark.parametrize(
+    ("number", "heard"),
+    [(signal.SIGTERM, "15"), (signal.SIGINT, "2"), (signal.SIGHUP, "15"), (signal.SIGUSR1, "10")],
+)
+def test_signals_pass_through(tmp_path: Path, number: signal.Signals, heard: str) -> None:
+    script = """
+import os, signal, sys, time
+def heard(number, frame):
+    open("heard", "a").write(str(number))
+    sys.exit(78 if number == 10 else 75)
+for number in (2, 10, 15): signal.signal(number, heard)
+open("ready", "w").write("1")
+time.sleep(60)
+"""
+    supervisor = started(tmp_path, script)
+    until(tmp_path / "ready")
+    supervisor.send_signal(number)
+    _, said = supervisor.communicate(timeout=20)
+    assert (tmp_path / "heard").read_text() == heard
+    assert supervisor.returncode == (78 if number == signal.SIGUSR1 else 75)
+    assert said == ""
+
+
+def test_a_second_sigterm_passes_through_too(tmp_path: Path) -> None:
+    script = """
+import os, signal, time
+def heard(number, frame):
+    if os.path.exists("heard"): os._exit(75)
+    open("heard", "w").write("1")
+signal.signal(15, heard)
+open("ready", "w").write("1")
+while True: time.sleep(1)
+"""
+    supervisor = started(tmp_path, script)
+    until(tmp_path / "ready")
+    supervisor.terminate()
+    until(tmp_path / "heard")
+    supervisor.terminate()
+    supervisor.communicate(timeout=20)
+    assert supervisor.returncode == 75
+
+
+def test_a_sigterm_while_it_waits_ends_it_with_the_childs_code(tmp_path: Path) -> None:
+    code = SUPERVISE.replace("0.01", "100")
+    argv = [sys.executable, "-c", code, "0", "-c", "raise SystemExit(70)"]
+    supervisor = subprocess.Popen(argv, stderr=subprocess.PIPE, text=True)
+    assert supervisor.stderr is not None
+    assert supervisor.stderr.readline().startswith("restart 1 in 100 s")
+    supervisor.terminate()
+    assert supervisor.wait(20) == 70
+    supervisor.stderr.close()
+
+
+def test_a_killed_supervisor_takes_the_child_along_gently(tmp_path: Path) -> None:
+    script = """
+import signal, sys, time
+signal.signal(15, lambda *_: (open("saved", "w").write("1"), sys.exit(75)))
+open("ready", "w").write("1")
+time.sleep(60)
+"""
+    supervisor = started(tmp_path, script)
+    until(tmp_path / "ready")
+    supervisor.kill()
+    supervisor.communicate(timeout=20)
+    until(tmp_path / "saved")
+
+
+def test_no_worker_outlives_the_child(tmp_path: Path) -> None:
+    script = """
+import os, signal, time
+worker = os.fork()
+if not worker: signal.signal(15, signal.SIG_IGN); time.sleep(60); os._exit(0)
+open("worker", "w").write(str(worker))
+"""
+    supervisor = started(tmp_path, script)
+    assert supervisor.communicate(timeout=20)[1] == ""
+    assert not is_running(int(until(tmp_path / "worker")))
+
+
+@pytest.mark.parametrize("hang", ["while True: pass", "l = threading.Lock(); l.acquire(); l.acquire()"])
+def test_a_child_that_hangs_is_ended_with_its_stacks_within_the_learned_limit(tmp_path: Path, hang: str) -> None:
+    script = (
+        NOTIFY
+        + f"""
+def stuck():
+    {hang}
+notify("READY=1\\nWATCHDOG_USEC=300000\\nSTATUS=epoch 1")
+if count == 0: stuck()
+"""
+    )
+    supervisor = started(tmp_path, script, hang=100)
+    _, said = supervisor.communicate(timeout=30)
+    assert supervisor.returncode == 0
+    assert "no sign of life for 0.3 s (epoch 1)" in said
+    assert "in stuck" in said
+    assert "restart 1" in said
+
+
+def test_a_worker_that_keeps_talking_does_not_hide_that_the_training_hangs(tmp_path: Path) -> None:
+    script = (
+        NOTIFY
+        + """
+notify("READY=1\\nWATCHDOG_USEC=500000")
+if count == 0:
+    worker = os.fork()
+    while True:
+        if not worker: notify("WATCHDOG=1")
+        time.sleep(0.05)
+"""
+    )
+    supervisor = started(tmp_path, script, hang=100)
+    _, said = supervisor.communicate(timeout=30)
+    assert supervisor.returncode == 0
+    assert "no sign of life for 0.5 s" in said
+
+
+def test_a_child_that_ignores_sigabrt_is_killed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    script = NOTIFY + "faulthandler.disable()\nsignal.signal(6, signal.SIG_IGN)\nif count == 0: time.sleep(60)\n"
+    (tmp_path / "child.py").write_text(script)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("resumable_trainer.service.supervisor._ABORT_GRACE_SECONDS", 0.2)
+    lines: list[str] = []
+    argv = [sys.executable, "child.py"]
+    limits = Limits(first_wait_seconds=0.01)
+    assert Supervisor(Training(argv, argv, list), limits=limits, hang_timeout=0.5, say=lines.append).run() == 0
+    assert len(lines) == 2
+
+
+def test_it_leaves_the_handlers_as_they_were() -> None:
+    before = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGCHLD, signal.SIGHUP)]
+    supervise("-c", "pass")
+    assert [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGCHLD, signal.SIGHUP)] == before
+    assert os.getpid()

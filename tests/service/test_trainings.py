@@ -1,0 +1,160 @@
+"""Real trainings under `run --restart` and `--on-event`."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from typing import TYPE_CHECKING, Any
+
+import endings
+import pytest
+
+from resumable_trainer.durable.lock import RunLock, read_owner
+from resumable_trainer.loop import launch
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+SCRIPT = """
+import os, signal, time, torch
+from resumable_trainer import Run, SnapshotPolicy
+torch.set_num_threads(1)
+torch.manual_seed(0)
+model = torch.nn.Linear(4, 1)
+optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
+def first(name):
+    if os.environ.get("HURT") != name or os.path.exists(name): return False
+    open(name, "w").write("1")
+    return True
+with Run("run", state={"model": model, "optimizer": optimizer}, progress=False,
+         snapshots=SnapshotPolicy(every_steps=3, background=False)) as run:
+    for epoch in run.epochs(2):
+        for x in run.batches(range(10)):
+            loss = model(torch.randn(8, 4)).square().mean()
+            optimizer.zero_grad(); loss.backward(); optimizer.step()
+            run.log(loss=loss)
+            if run.step == 8 and first("kill"): os.kill(os.getpid(), signal.SIGKILL)
+            if run.step == 8 and first("raise"): raise RuntimeError("boom")
+            if run.step == 8 and os.environ.get("HURT") == "always": raise RuntimeError("boom")
+            if run.step == 8 and first("wait"):
+                while True:
+                    time.sleep(0.01)
+                    from resumable_trainer.loop.notices import notices
+                    if notices.pending: break
+        run.log_epoch(weight=model.weight.sum())
+"""
+HOOK = "import sys; open('told', 'a').write(sys.stdin.read())"
+
+
+def command(*options: str) -> list[str]:
+    return [sys.executable, "-m", "resumable_trainer", "run", *options, "train.py"]
+
+
+def start(place: Path, *options: str, hurt: str = "") -> subprocess.Popen[str]:
+    place.mkdir(exist_ok=True)
+    (place / "train.py").write_text(SCRIPT)
+    environment = {**os.environ, "HURT": hurt}
+    return subprocess.Popen(command(*options), cwd=place, env=environment, stderr=subprocess.PIPE, text=True)
+
+
+def finished(training: subprocess.Popen[str]) -> bool:
+    training.communicate(timeout=60)
+    return training.returncode == 0
+
+
+def events(place: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (place / "run" / "events.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
+    place = tmp_path_factory.mktemp("whole")
+    assert finished(start(place))
+    return endings.ending(place / "run")
+
+
+def test_a_killed_training_is_continued_and_ends_as_if_nothing_had_happened(
+    tmp_path: Path, whole: dict[str, bytes]
+) -> None:
+    training = start(
+        tmp_path, "--restart", "--backoff", "0.01", "--on-event", f'{sys.executable} -c "{HOOK}"', hurt="kill"
+    )
+    _, said = training.communicate(timeout=60)
+    assert training.returncode == 0
+    assert "restart 1 in 0.01 s: it died of SIGKILL; safe on disk: step 6" in said
+    assert endings.differing(whole, endings.ending(tmp_path / "run")) == []
+    ended = [event for event in events(tmp_path) if event["event"] == "ended"]
+    assert [(e["by"], e["result"], e["signal"], e["generation"]) for e in ended] == [
+        ("supervisor", "signal", "SIGKILL", 1)
+    ]
+    told = [json.loads(line) for line in (tmp_path / "told").read_text().splitlines()]
+    # The first "started" may have been on its way when the training was killed.
+    assert [one["event"] for one in told if one["event"] != "started"] == ["failing", "finished"]
+    assert all(one["run_dir"] == str(tmp_path / "run") for one in told)
+
+
+def test_a_finished_run_is_a_quick_nothing(tmp_path: Path) -> None:
+    assert finished(start(tmp_path, "--restart"))
+    again = start(tmp_path, "--restart")
+    assert again.communicate(timeout=60)[1] == ""
+    assert again.returncode == 0
+    assert sum(event["event"] == "launched" for event in events(tmp_path)) == 1
+
+
+def test_it_gives_up_on_the_same_error_at_the_same_step(tmp_path: Path) -> None:
+    training = start(tmp_path, "--restart", "--backoff", "0.01", "--max-stuck", "1", hurt="always")
+    _, said = training.communicate(timeout=60)
+    assert training.returncode == 70
+    assert "gave up: 2 failures in a row without durable progress, at step 6; each time the same" in said
+    assert "RuntimeError: boom" in said
+    assert not [event for event in events(tmp_path) if event["event"] == "ended"]
+
+
+def test_a_fresh_start_is_fresh_once(tmp_path: Path, whole: dict[str, bytes]) -> None:
+    assert finished(start(tmp_path))
+    training = start(tmp_path, "--restart", "--fresh", "--backoff", "0.01", hurt="raise")
+    _, said = training.communicate(timeout=60)
+    assert training.returncode == 0
+    assert "it failed with exit code 70 (RuntimeError: boom)" in said
+    assert sum(event["event"] == "set_aside" for event in events(tmp_path)) == 1
+    assert sum(event["event"] == "resumed" for event in events(tmp_path)) == 1
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+def test_a_supervisor_that_goes_leaves_no_training_and_nothing_is_lost(
+    tmp_path: Path, whole: dict[str, bytes], number: signal.Signals
+) -> None:
+    training = start(tmp_path, "--restart", hurt="wait")
+    deadline = time.monotonic() + 60
+    while not (tmp_path / "wait").exists():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    training.send_signal(number)
+    training.communicate(timeout=60)
+    assert training.returncode == (75 if number == signal.SIGTERM else -9)
+    while not any(event["event"] == "exited" for event in events(tmp_path)):
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    preempted = next(event for event in events(tmp_path) if event["event"] == "preempted")
+    assert preempted["snapshot"] == "step-000000009"
+    assert finished(start(tmp_path, "--restart"))
+    assert endings.differing(whole, endings.ending(tmp_path / "run")) == []
+
+
+def test_the_end_is_noted_only_where_nobody_holds_the_run(tmp_path: Path) -> None:
+    launch.note_ended(tmp_path, by="supervisor", result="signal")
+    assert not list(tmp_path.iterdir())
+    lock = RunLock(tmp_path / "run.lock")
+    lock.acquire()
+    launch.note_ended(tmp_path, by="supervisor", result="signal")
+    assert not (tmp_path / "events.jsonl").exists()
+    lock.release()
+    launch.note_ended(tmp_path, by="supervisor", result="signal")
+    (event,) = [json.loads(line) for line in (tmp_path / "events.jsonl").read_text().splitlines()]
+    owner = read_owner(tmp_path / "run.lock")
+    assert owner is not None
+    assert (event["event"], event["by"], event["generation"]) == ("ended", "supervisor", owner.generation)
