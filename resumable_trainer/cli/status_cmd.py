@@ -6,6 +6,7 @@ import json
 from typing import TYPE_CHECKING
 
 from resumable_trainer.cli.output import run_directory
+from resumable_trainer.metrics import goodput
 from resumable_trainer.report.divergences import in_words
 from resumable_trainer.report.summary import RunSummary, origin_text, summarize
 
@@ -40,6 +41,8 @@ def _lines(summary: RunSummary) -> list[str]:
     lines += [f"diverged {in_words(divergence)}" for divergence in summary.divergences[-_MOST:]]
     if summary.holder is not None:
         lines.append(f"holder  {summary.holder}")
+    if summary.goodput.launches:
+        lines.append(f"goodput {goodput.in_words(summary.goodput)}")
     if summary.event is not None:
         when = str(summary.event.get("time", ""))[:19].replace("T", " ")
         lines.append(f"event   {summary.event.get('event')} at {when} UTC")

@@ -9,6 +9,7 @@ import os
 import secrets
 import socket
 from dataclasses import asdict, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from resumable_trainer.durable.digest import reading
@@ -19,13 +20,13 @@ from resumable_trainer.loop import identity, interval, launch
 from resumable_trainer.loop.cursor import BatchLoop, Cursor
 from resumable_trainer.loop.heartbeat import Heartbeat
 from resumable_trainer.loop.record import EMPTY_MARK_DIGEST
+from resumable_trainer.metrics import goodput as goodputs
 from resumable_trainer.snapshot import strict_json
 from resumable_trainer.snapshot.layout import EVENTS, METRICS, QUARANTINE, RUN_JSON
 from resumable_trainer.state import generators
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
-    from pathlib import Path
 
     from resumable_trainer.loop.interval import Interruptions
     from resumable_trainer.loop.launch import Command
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
     from resumable_trainer.snapshot.manifest import Manifest
     from resumable_trainer.snapshot.retention import Retention
 
+_MAX_EVENTS_BYTES = 32 << 20
 _MAX_BYTES = 1 << 20  # of run.json, which is written once and says who the run is
 
 
@@ -96,8 +98,21 @@ def note_launch(manager: StateManager, command: Command, retention: Retention) -
         host=socket.gethostname(),
         versions=identity.versions(),
         retention=asdict(retention),
+        started=process_started(),
         previous=before and {"generation": before.generation, "step": before.step, "seen": before.seen},
     )
+
+
+def process_started() -> str | None:
+    """When this process was started (ISO 8601, UTC), before it had loaded anything; None where that is not told."""
+    try:
+        ticks = int(Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19])
+        uptime = float(Path("/proc/uptime").read_text().split()[0])
+    except (OSError, ValueError, IndexError):
+        return None
+    age = max(0.0, uptime - ticks / os.sysconf("SC_CLK_TCK"))
+    started = datetime.datetime.now(datetime.UTC) - datetime.timedelta(seconds=age)
+    return started.isoformat(timespec="milliseconds")
 
 
 def begin_line(manager: StateManager, record: Record, directory: Path) -> str:
@@ -144,6 +159,18 @@ def heartbeat(manager: StateManager) -> Heartbeat:
         longest_gap_seconds=float(gap) if isinstance(gap, int | float) and 0 < gap < 1e6 else None,
         note=lambda seconds: manager.note("paced", longest_gap_seconds=seconds),
     )
+
+
+def goodput(directory: Path) -> list[str]:
+    """One line: which share of the time moved the run forward. Not of very long events, which take long to read."""
+    path = directory / EVENTS
+    try:
+        if path.stat().st_size > _MAX_EVENTS_BYTES:
+            return []
+        account = goodputs.account(read_rows(path))
+    except (OSError, ValueError):
+        return []
+    return [f"goodput {goodputs.in_words(account)}"]
 
 
 def with_loop(report: RestoreReport, record: Record, seed: int) -> RestoreReport:

@@ -1019,7 +1019,8 @@ class Run:
             self._record.close()
 
     def _ending(self) -> list[str]:
-        return screen.ending(self.directory, self.outcome, self._cursor, self._record, self._manager.latest)
+        lines = screen.ending(self.directory, self.outcome, self._cursor, self._record, self._manager.latest)
+        return [*lines, *opening.goodput(self.directory)]
 
 
 def vars_of(position: Any) -> dict[str, int]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,6 +14,7 @@ from resumable_trainer.durable.files import TEMPORARY_PREFIX
 from resumable_trainer.durable.journal import read_rows
 from resumable_trainer.durable.lock import Owner, is_alive, read_owner
 from resumable_trainer.errors import DamagedSnapshotError, NotFoundError, SnapshotGoneError
+from resumable_trainer.metrics import goodput
 from resumable_trainer.report.divergences import divergences
 from resumable_trainer.snapshot import strict_json
 from resumable_trainer.snapshot.layout import EVENTS, RUN_JSON, RUN_LOCK, SNAPSHOTS, parse_name
@@ -21,6 +23,7 @@ from resumable_trainer.snapshot.store import Store
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from resumable_trainer.metrics.goodput import Goodput
     from resumable_trainer.snapshot.manifest import Manifest
 
 DEFAULT_ROOT = Path("runs")
@@ -214,6 +217,7 @@ class RunSummary:
         event: The newest event.
         origin: Where it comes from, see `origin`.
         divergences: Where it has diverged, and what was left out because of it.
+        goodput: Where its time went.
     """
 
     directory: Path
@@ -223,6 +227,7 @@ class RunSummary:
     event: dict[str, Any] | None
     origin: dict[str, Any]
     divergences: list[dict[str, Any]]
+    goodput: Goodput
 
     def to_json(self) -> dict[str, Any]:
         """The object of `status --json`."""
@@ -249,6 +254,7 @@ class RunSummary:
             },
             "last_event": self.event,
             "divergences": self.divergences,
+            "goodput": self.goodput.to_json(),
             **self.origin,
         }
 
@@ -265,7 +271,16 @@ def summarize(directory: Path) -> RunSummary:
     newest = newest_valid(directory)
     state = "running" if holder is not None else _state_at_rest(directory, newest)
     event, diverged = last_event(directory), divergences(directory)
-    return RunSummary(directory, state, newest, holder, event, origin(directory), diverged)
+    account = goodput_of(directory, owner, is_running=holder is not None)
+    return RunSummary(directory, state, newest, holder, event, origin(directory), diverged, account)
+
+
+def goodput_of(directory: Path, owner: Owner | None, *, is_running: bool) -> Goodput:
+    """Where the run's time went."""
+    path = directory / EVENTS
+    rows = read_rows(path) if path.exists() else iter(())
+    seen = None if owner is None else goodput.seconds_of(owner.seen)
+    return goodput.account(rows, now=time.time() if is_running else None, seen=seen)
 
 
 def _state_at_rest(directory: Path, newest: Manifest | None) -> str:
