@@ -10,28 +10,30 @@ with 1 if anything differs, if the supervisor gives up, or if a process is left 
 from __future__ import annotations
 
 import argparse
-import contextlib
-import importlib.util
+import itertools
 import json
 import os
 import random
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
 import time
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(REPOSITORY), str(REPOSITORY / "tests" / "resume")]
+
+from resumable_trainer.metrics.goodput import account, in_words
 
 KINDS = ("TERM", "KILL", "KILL worker", "hang busy", "hang lock", "hang worker")
 SECONDS_PER_LAUNCH = 0.7
 HANG_SECONDS = 2.0
 LONGEST_RESTART_SECONDS = 15.0
+START_SECONDS = 0.5  # of the supervisor itself, before its first child
 
 
 def job(directory: str, *, epochs: int, pause: float, batches: int) -> None:
@@ -71,10 +73,12 @@ def job(directory: str, *, epochs: int, pause: float, batches: int) -> None:
     policy = SnapshotPolicy(every_steps=5)
     settings = OnDivergence("rollback", max_rollbacks=10**6)
     state = {"model": model, "optimizer": optimizer}
-    with Run(directory, state=state, snapshots=policy, progress=False, on_divergence=settings) as run:
+    ticks = (where / f"{Path(directory).name}.ticks").open("a", buffering=1)
+    with ticks, Run(directory, state=state, snapshots=policy, progress=False, on_divergence=settings) as run:
         for _ in run.epochs(epochs):
             model.train()
             for inputs, labels in run.batches(loader):
+                print(time.time(), os.getpid(), run.epoch, run.batch, file=ticks)
                 if hangs("busy"):
                     while True:
                         pass
@@ -90,16 +94,7 @@ def job(directory: str, *, epochs: int, pause: float, batches: int) -> None:
                 optimizer.step()
                 run.log(loss=loss)
                 time.sleep(pause)
-                alive()
             run.log_epoch(weight=model[0].weight.sum())
-
-
-def alive() -> None:
-    """Tell the supervisor that training goes on, where the training itself does not do so yet."""
-    address = os.environ.get("NOTIFY_SOCKET", "")
-    if address.startswith("@") and importlib.util.find_spec("resumable_trainer.loop.heartbeat") is None:
-        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as speaker, contextlib.suppress(OSError):
-            speaker.sendto(f"WATCHDOG=1\nWATCHDOG_USEC={HANG_SECONDS * 1e6:.0f}".encode(), "\0" + address[1:])
 
 
 def start(directory: Path, args: argparse.Namespace, *, supervised: bool) -> subprocess.Popen[bytes]:
@@ -132,7 +127,7 @@ def is_worker(pid: int, training: int) -> bool:
         return False
 
 
-def events(directory: Path) -> list[dict[str, object]]:
+def events(directory: Path) -> list[dict[str, Any]]:
     path = directory / "events.jsonl"
     lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
     return [json.loads(line) for line in lines if line.endswith(b"\n")]
@@ -140,6 +135,18 @@ def events(directory: Path) -> list[dict[str, object]]:
 
 def trained(directory: Path) -> int:
     return sum(event["event"] == "training" for event in events(directory))
+
+
+def seconds_forward(ticks: Path, skips: set[tuple[int, int]]) -> float:
+    """By a clock of the job's own: how long the executions of batches took that counted in the end.
+
+    Each batch is counted once, by its last execution, from its begin to that of the next in the same process.
+    """
+    rows = [line.split() for line in ticks.read_text().splitlines() if len(line.split()) == 4]
+    last: dict[tuple[int, int], float] = {}
+    for (begun, pid, epoch, batch), (ended, next_pid, *_) in itertools.pairwise(rows):
+        last[int(epoch), int(batch)] = float(ended) - float(begun) if pid == next_pid else 0.0
+    return sum(seconds for place, seconds in last.items() if place not in skips)
 
 
 class Campaign:
@@ -228,6 +235,26 @@ def main() -> int:
         campaign.problems += [f"differs in {', '.join(differing)}"] if differing else []
     if campaign.done.total() < args.interruptions:
         campaign.problems.append(f"only {campaign.done.total()} interruptions before the training was through")
+    skips = {
+        (epoch, batch)
+        for event in events(directory)
+        if event["event"] == "diverged"
+        for epoch, first, last in event["skip"]
+        for batch in range(first, last + 1)
+    }
+    told = account(events(directory))
+    forward = seconds_forward(root / "interrupted.ticks", skips)
+    known = told.seconds["training"] + told.seconds["saving"]
+    print(f"goodput told by the events: {in_words(told)}")
+    print(
+        f"wall time: {told.wall_seconds:.1f} s told, {outside:.1f} s by an outside clock"
+        f" ({abs(told.wall_seconds - outside) / outside:.2%} apart); training that counts, saving included:"
+        f" {known / told.wall_seconds:.2%} told, {forward / outside:.2%} by the job's own clock"
+    )
+    if abs(told.wall_seconds - outside) > 0.01 * outside + START_SECONDS:
+        campaign.problems.append("the account does not add up to the time that passed")
+    if abs(known / told.wall_seconds - forward / outside) > 0.01:
+        campaign.problems.append("goodput is more than 1 % of the time off")
     counts = Counter(str(event["event"]) for event in events(directory))
     for kind in KINDS:
         print(f"{kind:16} {campaign.done[kind]:5}")

@@ -18,8 +18,8 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
 
 KINDS = ("training", "set-up", "saving", "repeated", "hung", "down")
-"""Where time goes: what moved the run forward; starting, until the first batch; standing still for snapshots, and saving
-on the way out; training that was lost and had to be done again; silence before a hung process was ended; between
+"""Where time goes: what moved the run forward; starting, until the first batch; standing still for snapshots, and
+saving on the way out; training that was lost and had to be done again; silence before a hung process was ended; between
 launches."""
 
 

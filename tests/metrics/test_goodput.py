@@ -1,0 +1,178 @@
+"""Where a run's time went: every second once, whatever the events hold."""
+
+from __future__ import annotations
+
+import datetime
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from resumable_trainer.metrics.goodput import KINDS, account, in_words, seconds_of
+
+BEGIN = 1_800_000_000.0
+
+
+def at(second: float) -> str:
+    return datetime.datetime.fromtimestamp(BEGIN + second, datetime.UTC).isoformat(timespec="milliseconds")
+
+
+def event(kind: str, second: float, **fields: Any) -> dict[str, Any]:
+    return {"event": kind, "time": at(second), **fields}
+
+
+KILLED_ONCE = [
+    event("launched", 5, started=at(2), generation=1, previous=None),
+    event("training", 10, step=0),
+    event("committed", 21, snapshot="a", taken=at(20), stall_seconds=0.5, step=100),
+    event("launched", 45, started=at(40), generation=2, previous={"generation": 1, "step": 150, "seen": at(30)}),
+    event("resumed", 46, snapshot="a", step=100),
+    event("training", 50, step=100),
+    event("committed", 60, snapshot="b", taken=at(58), stall_seconds=0.25, step=200),
+    event("finished", 60, outcome="finished", step=200),
+    event("exited", 61, code=0),
+]
+
+
+def test_a_kill_costs_what_was_trained_since_the_snapshot_and_the_start() -> None:
+    found = account(KILLED_ONCE)
+    assert found.seconds == pytest.approx(
+        {"training": 10 - 0.5 + 8 - 0.25, "set-up": 8 + 10, "saving": 0.75 + 3, "repeated": 10, "hung": 0, "down": 10}
+    )
+    assert found.wall_seconds == 59
+    assert (found.launches, found.interruptions, found.steps_repeated) == (2, {"killed": 1}, 50)
+    assert "29.2% of 59.0 s moved the run forward" in in_words(found)
+
+
+def test_who_watched_it_knows_better_when_it_ended() -> None:
+    rows = [*KILLED_ONCE[:3], event("ended", 33, by="supervisor", result="signal"), *KILLED_ONCE[3:]]
+    found = account(rows)
+    assert found.seconds["repeated"] == 13
+    assert found.seconds["down"] == 7
+
+
+def test_a_hang_is_the_silence_before_it_was_ended() -> None:
+    rows = [*KILLED_ONCE[:3], event("ended", 38, by="systemd", result="hang"), *KILLED_ONCE[3:]]
+    found = account(rows)
+    assert found.interruptions == {"hung": 1}
+    assert found.seconds["hung"] == 8
+    assert found.seconds["repeated"] == 10
+
+
+def test_a_preemption_loses_nothing_but_the_saving_and_the_start() -> None:
+    rows = [
+        *KILLED_ONCE[:2],
+        event("committed", 31, snapshot="a", taken=at(30), stall_seconds=0.0, step=100),
+        event("preempted", 31.5, snapshot="a", step=100),
+        event("exited", 32, code=75),
+        *KILLED_ONCE[3:],
+    ]
+    found = account(rows)
+    assert found.interruptions == {"preempted": 1}
+    assert (found.seconds["repeated"], found.steps_repeated) == (0, 50)
+    assert found.seconds["saving"] == pytest.approx(2 + 3 + 0.25)
+
+
+def test_going_back_behind_an_older_snapshot_loses_all_of_a_launch() -> None:
+    rows = [
+        *KILLED_ONCE[:3],
+        event("launched", 45, generation=2, previous={"generation": 1, "step": 150, "seen": at(30)}),
+        event("resumed", 46, snapshot="a", step=100),
+        event("training", 50, step=100),
+        event("launched", 65, generation=3, previous={"generation": 2, "step": 130, "seen": at(60)}),
+        event("resumed", 66, snapshot="a", step=100),
+    ]
+    assert account(rows).seconds["repeated"] == 10 + 10
+    assert account(rows).steps_repeated == 50 + 30
+
+
+def test_a_rollback_loses_what_was_trained_since_its_snapshot() -> None:
+    rows = [
+        *KILLED_ONCE[:3],
+        event("diverged", 27, action="rollback", back_to="a", step=140),
+        event("finished", 40, outcome="finished"),
+        event("exited", 40, code=0),
+    ]
+    found = account(rows)
+    assert found.seconds["repeated"] == 7
+    assert (found.rollbacks, found.interruptions) == (1, {})
+
+
+def test_a_run_that_trains_has_lost_nothing_yet() -> None:
+    found = account(KILLED_ONCE[:3], now=BEGIN + 30)
+    assert found.seconds["training"] == 20 - 0.5
+    assert found.interruptions == {}
+
+
+def test_a_run_that_was_killed_and_not_started_again_has_lost_what_no_snapshot_holds() -> None:
+    found = account(KILLED_ONCE[:3], seen=BEGIN + 29)
+    assert found.seconds["repeated"] == 9
+    assert found.interruptions == {"killed": 1}
+
+
+def test_a_run_without_events_has_nothing_to_account_for() -> None:
+    assert account([]).share is None
+    assert in_words(account([])) == "nothing to account for yet"
+
+
+_PLAIN = st.one_of(
+    st.none(), st.integers(-5, 300), st.floats(), st.text(max_size=4), st.sampled_from(["a", "b", "hang"])
+)
+_ROWS = st.lists(
+    st.builds(
+        lambda kind, second, fields: {"event": kind, "time": second if second is None else at(second), **fields},
+        st.sampled_from(
+            [
+                "launched",
+                "training",
+                "resumed",
+                "committed",
+                "diverged",
+                "preempted",
+                "failed",
+                "finished",
+                "exited",
+                "ended",
+                "odd",
+            ]
+        ),
+        st.one_of(st.none(), st.floats(0, 1000)),
+        st.dictionaries(
+            st.sampled_from(
+                [
+                    "step",
+                    "snapshot",
+                    "taken",
+                    "started",
+                    "stall_seconds",
+                    "code",
+                    "result",
+                    "action",
+                    "back_to",
+                    "generation",
+                    "previous",
+                ]
+            ),
+            st.one_of(
+                _PLAIN,
+                st.floats(0, 1000).map(at),
+                st.dictionaries(st.sampled_from(["seen", "step", "generation"]), _PLAIN),
+            ),
+        ),
+    ),
+    max_size=30,
+)
+
+
+@given(rows=_ROWS, now=st.one_of(st.none(), st.floats(BEGIN, BEGIN + 2000)))
+def test_the_parts_add_up_to_the_whole_and_none_is_negative(rows: list[dict[str, Any]], now: float | None) -> None:
+    found = account(rows, now=now)
+    assert set(found.seconds) == set(KINDS)
+    assert all(seconds >= 0 for seconds in found.seconds.values())
+    launches = [i for i, row in enumerate(rows) if row["event"] == "launched" and row["time"] is not None]
+    if launches and now is None:
+        begins = rows[launches[0]]
+        first = min(seconds_of(begins.get("started")) or float("inf"), seconds_of(begins["time"]) or 0.0)
+        last = max(seconds for row in rows[launches[0] :] if (seconds := seconds_of(row["time"])) is not None)
+        assert found.wall_seconds == pytest.approx(last - first, abs=1e-3)
