@@ -124,11 +124,17 @@ def _add_systemd(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
         "  sudo resumable-trainer systemd install runs/pima\n  resumable-trainer systemd install --user runs/pima",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument(
-        "action",
-        choices=["print", "install", "remove", "ended"],
-        help="show the units; write, enable and start them; stop and remove them; (ended is for the units)",
-    )
+    actions = parser.add_subparsers(dest="action", metavar="ACTION", required=True)
+    for action, text in (
+        ("print", "show the units"),
+        ("install", "write, enable and start them"),
+        ("remove", "stop and remove them"),
+        ("ended", "note how the training ended; for the units"),
+    ):
+        _add_systemd_options(actions.add_parser(action, help=text, description=f"{text.capitalize()}."))
+
+
+def _add_systemd_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("run_dir", nargs="?", metavar="RUN_DIR", help="default: the most recent run below runs/")
     parser.add_argument("--user", action="store_true", help="units of the user manager")
     parser.add_argument(

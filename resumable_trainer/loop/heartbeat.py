@@ -3,7 +3,7 @@
 The words are those of sd_notify(3): one datagram of `KEY=VALUE` lines to `$NOTIFY_SOCKET`. Policy: only progress of
 the training thread is a sign of life (a step, a batch of an evaluation, a snapshot, an epoch), never a timer, so that a
 hung loop is found. How long it may be silent is learned: ten times the longest silence so far, at least
-`FLOOR_SECONDS`, once a whole epoch with its evaluation and snapshot has been seen (in this launch or an earlier one);
+`FLOOR_SECONDS`, once an epoch's end with its evaluation and snapshot has been seen (in this launch or an earlier one);
 until then the watcher's own limit holds. Not watched, nothing is done and nothing is sent. Free of torch.
 """
 
@@ -33,7 +33,7 @@ class Heartbeat:
     Args:
         send: Sends one message; None if nobody watches.
         limit_seconds: How long the watcher waits for a sign of life (`$WATCHDOG_USEC`); 0 if it does not.
-        longest_gap_seconds: The longest silence of earlier launches, over a whole epoch; None if it is not known.
+        longest_gap_seconds: The longest silence of earlier launches that have ended an epoch; None if it is not known.
         note: Told a new longest silence, to be known to later launches.
         floor_seconds: The shortest limit.
         clock: Seconds.
@@ -50,13 +50,11 @@ class Heartbeat:
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._send, self._note, self._floor, self._clock = send, note, floor_seconds, clock
-        self._known = longest_gap_seconds  # over at least one whole epoch
         self._noted = longest_gap_seconds or 0.0
         self._longest = longest_gap_seconds or 0.0
         self._last = self._last_sent = self._status_at = clock()
         self._limit = limit_seconds  # as the watcher has it
         self._has_seen_epoch = longest_gap_seconds is not None
-        self._is_whole_epoch = False
 
     @classmethod
     def of_process(
@@ -110,15 +108,10 @@ class Heartbeat:
             self._last_sent = now
             self._tell("WATCHDOG=1")
 
-    def epoch_begins(self) -> None:
-        """From here to the next `epoch_ends` is a whole epoch, if it was begun at its first batch."""
-        self._is_whole_epoch = True
-        self.beat()
-
     def epoch_ends(self) -> None:
         """An epoch is over, its evaluation and snapshot too: what silences are usual is known now."""
         self.beat()
-        if self._send is None or not self._is_whole_epoch:
+        if self._send is None:
             return
         self._has_seen_epoch = True
         self._set_limit()

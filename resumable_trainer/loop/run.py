@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import asdict, replace
-from itertools import islice
+from itertools import chain, islice
 from math import isfinite
 from typing import TYPE_CHECKING, Any, Literal, NoReturn, Self
 
@@ -347,8 +347,7 @@ class Run:
 
     def _begin_epoch(self) -> None:
         self.outcome = None
-        if not self._cursor.loops:
-            self._heart.epoch_begins()
+        self._heart.beat()
         self._in_epoch = True
         self._loop_number, self._loop, self._held = 0, None, None
         self._evaluates, self._has_evaluated = self._has_evaluated, False
@@ -477,7 +476,6 @@ class Run:
             self._restore_again()
         self._screen.begin_batches(cursor.epoch, source.num_batches(), loop.done)
         self._boundary()
-        self._note_training()
         yield from self._each(iterator, loop, session)
         if not self._went_back:
             self._look_for_divergence()
@@ -485,11 +483,14 @@ class Run:
             self._end_batches(loop)
             self._tell("batches")
 
-    def _note_training(self) -> None:
-        """The set-up of this launch is over: from here on time moves the run forward."""
-        if not self._has_trained:
-            self._has_trained = True
-            self._manager.note("training", **vars_of(self._cursor.position))
+    def _noting_the_first(self, batches: Iterator[tuple[Any, int]]) -> Iterator[tuple[Any, int]]:
+        """The same batches; when the first of this launch (or after going back) is there, setting up is over."""
+        first = next(batches, None)
+        if first is None:
+            return batches
+        self._has_trained = True
+        self._manager.note("training", **vars_of(self._cursor.position))
+        return chain([first], batches)
 
     def _each(self, batches: Iterator[tuple[Any, int]], loop: BatchLoop, session: object) -> Iterator[Any]:
         """The batches themselves: between two of them only what is needed, in as few calls as can be.
@@ -501,6 +502,8 @@ class Run:
         is_due = self._saver.is_due_after_batch if self._policy.looks_at_batches else None
         watch = self._record.watch
         left_out = watch.left_out(cursor.epoch)
+        if not self._has_trained:
+            batches = self._noting_the_first(batches)
         for batch, weight in batches:
             if left_out and cursor.batch in left_out:
                 loop.done += 1
@@ -693,7 +696,7 @@ class Run:
 
     def _begin_again(self, total: int) -> None:
         """The body has ended: put the snapshot's state back once more, and let the epoch begin."""
-        self._went_back, self._in_epoch = False, False
+        self._went_back = self._in_epoch = self._has_trained = False
         self._shelf.begin_again()
         assert self._report is not None
         decided = replace(self._record.watch)

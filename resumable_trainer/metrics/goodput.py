@@ -80,6 +80,7 @@ class _Launch:
     stalls: float = 0.0
     lost_to_rollbacks: float = 0.0
     rollbacks: int = 0
+    rolled_back_at: float | None = None  # until it trains again
     alive: float | None = None  # the last sign of life
     kind: str | None = None  # how it ended, if it said so
     is_end_known: bool = False
@@ -159,6 +160,9 @@ def _resumed(launch: _Launch, row: Mapping[str, Any], at: float) -> None:
 
 
 def _training(launch: _Launch, row: Mapping[str, Any], at: float) -> None:
+    if launch.rolled_back_at is not None:
+        launch.lost_to_rollbacks += at - launch.rolled_back_at
+        launch.rolled_back_at = None
     launch.training_at = at if launch.training_at is None else launch.training_at
 
 
@@ -173,6 +177,7 @@ def _diverged(launch: _Launch, row: Mapping[str, Any], at: float) -> None:
     if row.get("action") == "rollback":
         since = launch.taken.get(str(row.get("back_to")), launch.training_at)
         launch.rollbacks += 1
+        launch.rolled_back_at = at
         launch.lost_to_rollbacks += max(0.0, at - since) if since is not None else 0.0
     else:
         launch.kind = "diverged"

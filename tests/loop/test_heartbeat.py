@@ -34,14 +34,11 @@ class Watched:
         return [int(line.partition("=")[2]) / 1e6 for line in lines if line.startswith("WATCHDOG_USEC=")]
 
 
-def test_no_limit_is_learned_before_a_whole_epoch_was_seen() -> None:
+def test_no_limit_is_learned_before_the_end_of_an_epoch_was_seen() -> None:
     watched = Watched()
     watched.heart.ready()
-    watched.beat_after(1, 1, 5)
-    watched.heart.epoch_ends()  # it was begun by an earlier launch
-    assert watched.limits() == []
-    watched.heart.epoch_begins()
     watched.beat_after(1, 20, 1)
+    assert watched.limits() == []
     watched.heart.epoch_ends()
     assert watched.limits() == [200.0], "ten times the longest silence"
     assert watched.noted == [20.0]
@@ -49,7 +46,6 @@ def test_no_limit_is_learned_before_a_whole_epoch_was_seen() -> None:
 
 def test_a_limit_is_never_below_the_floor() -> None:
     watched = Watched(floor_seconds=30.0)
-    watched.heart.epoch_begins()
     watched.beat_after(0.1, 0.1)
     watched.heart.epoch_ends()
     assert watched.limits() == [30.0]
@@ -58,7 +54,6 @@ def test_a_limit_is_never_below_the_floor() -> None:
 def test_a_longer_silence_raises_the_limit_and_a_shorter_one_never_lowers_it() -> None:
     watched = Watched()
     for longest in (5, 50, 6):
-        watched.heart.epoch_begins()
         watched.beat_after(longest)
         watched.heart.epoch_ends()
     assert watched.limits() == [50.0, 500.0]
@@ -83,7 +78,7 @@ def test_signs_of_life_come_from_progress_alone_and_not_too_often() -> None:
 def test_nobody_watching_means_nothing_is_done(tmp_path: Path) -> None:
     heart = Heartbeat.of_process({}, longest_gap_seconds=None, note=lambda seconds: pytest.fail("noted"))
     assert not heart.is_watched
-    heart.ready(), heart.beat(lambda: pytest.fail("asked")), heart.epoch_begins(), heart.epoch_ends(), heart.stopping()
+    heart.ready(), heart.beat(lambda: pytest.fail("asked")), heart.epoch_ends(), heart.stopping()
 
 
 def test_a_watchdog_meant_for_another_process_is_none_of_ours(tmp_path: Path) -> None:

@@ -277,7 +277,7 @@ def test_a_unit_that_is_not_ours_is_never_overwritten(tmp_path: Path, monkeypatc
     foreign = tmp_path / "config/systemd/user/resumable-trainer@.service"
     foreign.parent.mkdir(parents=True)
     foreign.write_text("[Unit]\n")
-    assert main(["systemd", "install", "--user", str(tmp_path / "run")]) == 78
+    assert main(["systemd", "install", "--user", str(tmp_path / "run")]) == 78, "illegal settings"
     assert foreign.read_text() == "[Unit]\n"
     assert main(["systemd", "remove", "--user", str(tmp_path / "run")]) == 0
     assert foreign.exists()
