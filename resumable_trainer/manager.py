@@ -14,6 +14,7 @@ import contextlib
 import datetime
 import math
 import time
+from collections import deque
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -217,6 +218,7 @@ class StateManager:
         self._step_noted_at = -math.inf
         self._watch: modes.StepWatch | None = None
         self._is_half_restored = False
+        self.costs: deque[float] = deque(maxlen=50)  # seconds from capture to durable of the newest snapshots
 
     # -- life -------------------------------------------------------------------------------------
 
@@ -504,6 +506,7 @@ class StateManager:
             taken=facts.taken,
             stall_seconds=round(facts.stall_seconds, 6),
         )
+        self.costs.append(seconds + facts.stall_seconds)
         now = time.monotonic()
         if now - self._step_noted_at >= _NOTE_STEP_SECONDS:
             self._step_noted_at = now

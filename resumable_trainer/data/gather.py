@@ -68,6 +68,8 @@ class TensorSource(Stateless):
         SettingsError: No tensors, different lengths, no data, an illegal batch size.
     """
 
+    finds_place = True
+
     def __init__(
         self,
         tensors: Sequence[torch.Tensor],

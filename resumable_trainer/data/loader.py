@@ -114,6 +114,8 @@ class LoaderSource(Stateless):
         salt: Keeps apart what training and evaluation draw.
     """
 
+    finds_place = True
+
     def __init__(self, loader: DataLoader[Any], *, seed: int, salt: str = "train") -> None:
         self._loader, self._seed, self._salt = loader, seed, salt
         self._order = SamplerOrder(loader, seed=seed, salt=salt)

@@ -57,6 +57,15 @@ def _other_half(value: int) -> int:
     return value >> 31
 
 
+class Switching:
+    """Whether generators are being put aside or back just now: no moment to break off."""
+
+    now = False
+
+
+switching = Switching()
+
+
 @contextlib.contextmanager
 def isolated_generators(*generators: Any, seed: int | None = None) -> Iterator[None]:
     """Whatever is drawn or seeded inside, generators are afterwards as they were before.
@@ -67,17 +76,21 @@ def isolated_generators(*generators: Any, seed: int | None = None) -> Iterator[N
     """
     python, cpu = random.getstate(), torch.default_generator.get_state()
     own = [(generator, _get(generator)) for generator in generators]
+    switching.now = True
     with numpy_kept() if seed is None else numpy_apart():
-        if seed is not None:
-            seed_all(seed)
-            seed_generators(generators, seed)
         try:
+            if seed is not None:
+                seed_all(seed)
+                seed_generators(generators, seed)
+            switching.now = False
             yield
         finally:
+            switching.now = True
             random.setstate(python)
             torch.default_generator.set_state(cpu)
             for generator, state in own:
                 _set(generator, state)
+    switching.now = False
 
 
 def each_apart(items: Iterable[Any], seed: int, *generators: Any, first: int = 0) -> Iterator[Any]:

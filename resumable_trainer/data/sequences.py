@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 class SequenceSource(Stateless):
     """A list, a range, anything with a length and items by index; the epoch does not change their order."""
 
+    finds_place = True
+
     def __init__(self, data: Sequence[Any], *, seed: int, salt: str = "train") -> None:
         self._data, self._seed, self._salt = data, seed, salt
 

@@ -23,6 +23,7 @@ class Source(Protocol):
     """Batches of one kind of data."""
 
     skip_cost: str | None
+    finds_place: bool
 
     def batches(self, *, epoch: int, start: int = 0) -> Iterator[Any]:
         """Batches from number `start` of the epoch on."""

@@ -15,6 +15,9 @@ class Stateless:
         """Batches from number `start` of the epoch on."""
         raise NotImplementedError
 
+    finds_place = False
+    """Whether a place in the data is found by its position alone, wherever the reading of it was broken off."""
+
     def capture(self, *, epoch_complete: bool) -> object | None:
         """Nothing: the position says it all."""
         return None

@@ -83,6 +83,11 @@ class Heartbeat:
         """Whether anybody listens."""
         return self._send is not None
 
+    @property
+    def longest_seconds(self) -> float:
+        """The longest silence of the training thread so far."""
+        return self._longest
+
     def loading(self, what: str) -> None:
         """A snapshot is restored: that may take longer than a start usually does."""
         self._tell(f"EXTEND_TIMEOUT_USEC={_microseconds(_LOADING_SECONDS)}", f"STATUS={what}")
@@ -96,11 +101,11 @@ class Heartbeat:
 
     def beat(self, status: Callable[[], str] | None = None) -> None:
         """The training thread has got on; `status` gives a line for people, asked for about once a second."""
-        if self._send is None:
-            return
         now = self._clock()
         self._longest = max(self._longest, now - self._last)
         self._last = now
+        if self._send is None:
+            return
         if status is not None and now - self._status_at >= _STATUS_SECONDS:
             self._status_at = self._last_sent = now
             self._tell("WATCHDOG=1", f"STATUS={status()}")

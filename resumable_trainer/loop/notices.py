@@ -5,7 +5,9 @@ second SIGINT or SIGTERM leaves at once; what is durable stays durable.
 
 Policy: a handler sets a flag and calls the handler that stood there before, nothing else; saving
 inside a handler deadlocks sooner or later. The loop polls the flag between batches of training and
-of evaluation. Free of torch: the command line installs the handlers before torch is imported, as a
+of evaluation. While it waits for a batch of data that finds its place by position alone, the handler
+breaks off the wait (`WaitBroken`): the state is that of the last boundary, and a batch may take longer
+than the machine has left. Free of torch: the command line installs the handlers before torch is imported, as a
 SIGTERM before that would kill at once.
 """
 
@@ -27,6 +29,10 @@ _LEAVE = (signal.SIGTERM, signal.SIGINT)
 _EXIT_CODES = {signal.SIGTERM: ExitCode.PREEMPTED, signal.SIGINT: ExitCode.INTERRUPTED}
 
 
+class WaitBroken(BaseException):
+    """Raised in the training thread by a notice while it waits for a batch; caught by the loop that waits."""
+
+
 class Notices:
     """What has been asked of this process; `notices` is the one instance, as signals are per process."""
 
@@ -34,6 +40,11 @@ class Notices:
         self.leave: signal.Signals | None = None
         self.save = False
         self.pending = False  # the one flag that the loop polls between batches
+        self.source = ""  # who asks to leave, if it was no signal from outside
+        self.deadline: float | None = None  # by the monotonic clock: when the machine goes
+        self.waits = False  # the training thread waits for a batch, and may be broken off
+        self.may_break: Callable[[], bool] = bool  # asked then; not while generators are being put back, say
+        self._nudging = False
         self._previous: dict[signal.Signals, Any] = {}
         self._pid = os.getpid()
         self._num_runs = 0
@@ -47,6 +58,7 @@ class Notices:
 
     def end(self) -> None:
         """A run is closed; the handlers go with the last one."""
+        self.waits = False
         self._num_runs -= 1
         if not self._num_runs:
             self._uninstall()
@@ -84,22 +96,46 @@ class Notices:
     def reset(self) -> None:
         """Forget everything asked (a run in a notebook cell was interrupted and has left)."""
         self.leave, self.save, self.pending = None, False, False
+        self.source, self.deadline = "", None
+
+    def ask(self, *, leave: bool, source: str, deadline: float | None) -> None:
+        """Ask from another thread: to save, or to leave, as a signal would."""
+        if not leave:
+            self.save = self.pending = True
+            return
+        if self.leave is None:
+            self.source, self.deadline, self.leave = source, deadline, signal.SIGTERM
+            self.pending = True
+        if self.waits and signal.getsignal(signal.SIGUSR1) == self._handle:
+            self._nudging = True
+            signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGUSR1)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         name = signal.Signals(number)
         if os.getpid() != self._pid:
             self._handle_in_child(name, frame)
             return
-        if name in _LEAVE and self.leave is not None:
+        if self._nudging and name == signal.SIGUSR1:
+            self._nudging = False
+            self._break_wait()
+            return
+        if name in _LEAVE and self.leave is not None and not self.source:
             _leave_now(name)
         if name in _LEAVE:
-            self.leave = name
+            self.leave, self.source = name, ""  # whoever asks again after this means: at once
         else:
             self.save = True
         self.pending = True
         previous = self._previous.get(name)
         if callable(previous) and previous is not signal.default_int_handler:
             previous(number, frame)
+        if name in _LEAVE:
+            self._break_wait()
+
+    def _break_wait(self) -> None:
+        if self.waits and self.may_break():
+            self.waits = False
+            raise WaitBroken
 
     def _handle_in_child(self, name: signal.Signals, frame: FrameType | None) -> None:
         """In a forked child that has set no handlers of its own.

@@ -8,12 +8,14 @@ body, and where the batches go on), and the generators last at each of them.
 
 from __future__ import annotations
 
+import os
 import time
 from dataclasses import asdict, replace
 from itertools import chain, islice
-from math import isfinite
+from math import inf, isfinite
 from typing import TYPE_CHECKING, Any, Literal, NoReturn, Self
 
+from resumable_trainer.data.randomness import switching
 from resumable_trainer.durable import filesystem
 from resumable_trainer.errors import (
     DamagedSnapshotError,
@@ -27,11 +29,11 @@ from resumable_trainer.errors import (
     Stopped,
     UsageError,
 )
-from resumable_trainer.loop import identity, launch, opening, screen
+from resumable_trainer.loop import clouds, identity, launch, opening, screen
 from resumable_trainer.loop.cursor import BatchLoop, Cursor
 from resumable_trainer.loop.divergence import OnDivergence, blamed, stretches
 from resumable_trainer.loop.held import HeldState
-from resumable_trainer.loop.notices import install_excepthook, notices
+from resumable_trainer.loop.notices import WaitBroken, install_excepthook, notices
 from resumable_trainer.loop.progress import Progress
 from resumable_trainer.loop.record import Record
 from resumable_trainer.loop.saver import Saver
@@ -47,7 +49,6 @@ from resumable_trainer.state.modes import StepWatch
 from resumable_trainer.state.parts import check_parts, has_finite_parameters, scalar_settings, undriven_schedulers
 
 if TYPE_CHECKING:
-    import os
     import signal
     from collections.abc import Callable, Iterator, Mapping
     from types import TracebackType
@@ -129,6 +130,7 @@ class Run:
         self._session = object()  # a loop of an earlier entering that still lives must not count in this one
         self._stopped: Stopped | None = None  # the notice that was followed
         self._has_trained = False  # in this launch
+        self._clouds: clouds.Watch | None = None
         self._has_warned = False  # that the loss is no number
         self._went_back = False  # within the body of an epoch that is not to be counted
         # Between two boundaries:
@@ -219,10 +221,33 @@ class Run:
             interruptions=known,
         )
         self._heart.ready()
+        self._notice_clouds()
         self._opened_at, self._opened_epoch = self._clock(), self._cursor.epoch
         self._entered = True
         if self._probe is not None:
             self._probe.opened(self)
+
+    def _notice_clouds(self) -> None:
+        """Ask the clouds, where there is one, from now on."""
+        notices.may_break = lambda: not switching.now
+        sources = clouds.found_here(os.environ) if self._probe is None else []
+        if sources:
+            self._clouds = clouds.Watch(
+                sources,
+                tell=self._asked,
+                seconds_needed=self._seconds_needed,
+                say=lambda line: self._screen.say([line]),
+            )
+
+    def _asked(self, asked: clouds.Asked, deadline: float | None) -> None:
+        notices.ask(leave=asked.leave, source=asked.source, deadline=deadline)
+
+    def _seconds_needed(self) -> float:
+        """How long before its end a machine must be left: to finish a batch, to save, and something to spare."""
+        costs = sorted(self._manager.costs)
+        if not costs:
+            return inf  # nothing is known yet: at once
+        return 2.0 + 2 * costs[int(0.95 * (len(costs) - 1))] + self._heart.longest_seconds
 
     def _resume(self, found: RestoreReport) -> None:
         """Restore the chosen snapshot, and say what was found."""
@@ -476,7 +501,14 @@ class Run:
             self._restore_again()
         self._screen.begin_batches(cursor.epoch, source.num_batches(), loop.done)
         self._boundary()
-        yield from self._each(iterator, loop, session)
+        while True:
+            try:
+                yield from self._each(iterator, loop, session, breaks=source.finds_place)
+                break
+            except WaitBroken:
+                del iterator  # what it has put aside is put back when the exception is gone, too
+            self._boundary()
+            iterator = self._iterator(source, loop)  # there is nothing to save yet: the wait goes on
         if not self._went_back:
             self._look_for_divergence()
         if not self._went_back:
@@ -492,7 +524,9 @@ class Run:
         self._manager.note("training", **vars_of(self._cursor.position))
         return chain([first], batches)
 
-    def _each(self, batches: Iterator[tuple[Any, int]], loop: BatchLoop, session: object) -> Iterator[Any]:
+    def _each(
+        self, batches: Iterator[tuple[Any, int]], loop: BatchLoop, session: object, *, breaks: bool
+    ) -> Iterator[Any]:
         """The batches themselves: between two of them only what is needed, in as few calls as can be.
 
         A call that takes 0.1 us in a benchmark of it takes 1 us here: the step between has emptied the caches.
@@ -504,10 +538,13 @@ class Run:
         left_out = watch.left_out(cursor.epoch)
         if not self._has_trained:
             batches = self._noting_the_first(batches)
+        notices.waits = breaks
         for batch, weight in batches:
+            notices.waits = False
             if left_out and cursor.batch in left_out:
                 loop.done += 1
                 cursor.batch += 1
+                notices.waits = breaks
                 continue
             if tell is not None:
                 tell("batch", batch)
@@ -531,6 +568,8 @@ class Run:
                     return
             if tell is not None:
                 tell("step")
+            notices.waits = breaks
+        notices.waits = False
 
     def _iterator(self, source: Source, loop: BatchLoop) -> Iterator[tuple[Any, int]]:
         """Batches that are not done yet, each with its weight."""
@@ -736,7 +775,22 @@ class Run:
         return self._evaluating(source)
 
     def _evaluating(self, source: Source) -> Iterator[Any]:
-        for batch in self._shortened(source.batches(epoch=self._cursor.epoch)):
+        batches = self._shortened(source.batches(epoch=self._cursor.epoch))
+        breaks = source.finds_place and self._values is None and self._held is not None
+        while True:
+            is_over, batch = False, None
+            try:
+                notices.waits = breaks
+                batch = next(batches)
+            except StopIteration:
+                is_over = True
+            except WaitBroken:
+                pass
+            notices.waits = False
+            if is_over:
+                return
+            if batch is None and breaks and notices.leave is not None:
+                self._leave_from_evaluation(notices.leave)
             self._tell("evaluating", batch)
             self._heart.beat()
             if notices.leave is not None and self._values is None and self._record.watch.found is None:
@@ -864,6 +918,7 @@ class Run:
         began = self._clock()
         if notices.leave is not None:
             self._heart.stopping()
+            self._say_if_late()
         self._saver.settle()  # the memory that is staged into is the snapshot's before
         staged = self._manager.stage(self._capture(epoch_complete=epoch_complete))
         facts = replace(self._snapshot_facts(epoch_complete=epoch_complete), stall_seconds=self._clock() - began)
@@ -953,6 +1008,11 @@ class Run:
             self._record.show_rows()
             self._manager.lock.note_step(self._cursor.step)
 
+    def _say_if_late(self) -> None:
+        left = None if notices.deadline is None else notices.deadline - time.monotonic()
+        if left is not None and self._manager.costs and left < max(self._manager.costs):
+            self._screen.say([screen.late(left, max(self._manager.costs), self._manager.latest)])
+
     def _status(self) -> str:
         """Where the run is, for who watches it."""
         done, seconds = self._cursor.epoch - self._opened_epoch, self._clock() - self._opened_at
@@ -968,8 +1028,11 @@ class Run:
         kind = Interrupted if number.name == "SIGINT" else Preempted
         event = "interrupted" if kind is Interrupted else "preempted"
         latest = self._manager.latest
-        self._manager.note(event, signal=number.name, snapshot=latest, **vars_of(self._cursor.position))
-        self._stopped = kind(screen.left(number.name, where, latest, int(kind.exit_code)))
+        told: dict[str, Any] = {"source": notices.source} if notices.source else {}
+        if notices.deadline is not None:
+            told["seconds_left"] = round(notices.deadline - time.monotonic(), 3)
+        self._manager.note(event, signal=number.name, snapshot=latest, **told, **vars_of(self._cursor.position))
+        self._stopped = kind(screen.left(notices.source or number.name, where, latest, int(kind.exit_code)))
         raise self._stopped
 
     def __exit__(
@@ -1010,6 +1073,8 @@ class Run:
         self._screen.close()
         self._shelf.close()
         self._watch.close()
+        if self._clouds is not None:
+            self._clouds.stop()
         notices.end()
         if isinstance(error, Interrupted):
             notices.reset()  # in a notebook the process lives on, and the cell may be run again

@@ -209,3 +209,11 @@ def status(cursor: Cursor, total: int | None, record: Record, latest: str | None
     if seconds_left is not None:
         parts.append(f"{duration(seconds_left)} to go")
     return " | ".join(parts)
+
+
+def late(seconds_left: float, seconds_needed: float, latest: str | None) -> str:
+    """A snapshot may not be finished before the machine goes."""
+    return (
+        f"warning {seconds_left:.1f} s are left, and a snapshot has taken up to {seconds_needed:.1f} s; it is tried,"
+        f" and {latest or 'nothing'} is durable already"
+    )
