@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from resumable_trainer.cli.output import table
 from resumable_trainer.errors import NotFoundError
+from resumable_trainer.report import prometheus
 from resumable_trainer.report.overview import Line, overview
 
 if TYPE_CHECKING:
@@ -22,6 +23,9 @@ def run(args: argparse.Namespace) -> int:
     if not root.is_dir():
         raise NotFoundError(f"{root} is no directory", path=root)
     lines = overview(root)
+    if args.prometheus is not None:
+        prometheus.write(lines, Path(args.prometheus))
+        return 0
     if args.json:
         print(json.dumps([line.to_json() for line in lines], indent=2))
     elif lines:

@@ -15,6 +15,7 @@ def add(commands: Commands) -> None:
     runs = commands.add_parser("runs", help="all runs below a directory: state, progress, best, holder, goodput")
     runs.add_argument("root", nargs="?", default="runs", metavar="ROOT", help="default: runs/")
     runs.add_argument("--json", action="store_true", help="print JSON for programs")
+    runs.add_argument("--prometheus", metavar="FILE", help="write FILE.prom for node_exporter's textfile collector")
     cron = _about_run(
         commands, "cron", ["print", "install", "remove"], "a run in the crontab: at boot, every N minutes"
     )

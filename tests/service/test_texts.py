@@ -93,7 +93,7 @@ def test_a_batch_script_gives_the_trainings_code_and_queues_no_failure(tmp_path:
 
 def test_a_warning_is_passed_on_and_the_job_queued_again(tmp_path: Path) -> None:
     script, environment = slurm_job(tmp_path, "preempt")
-    warned = "while [ ! -e started ]; do :; done; sleep 0.3; kill -USR1 $$\n"
+    warned = "(while [ ! -e started ]; do sleep 0.1; done; kill -USR1 $$) &\n"  # while the shell waits
     wait = 'wait "$training"; code=$?\n'
     text = script.read_text().replace(wait, warned + wait, 1)
     script.write_text(text)
