@@ -14,6 +14,8 @@ import os
 import sys
 from typing import TYPE_CHECKING
 
+from resumable_trainer.cli import service_parsers
+
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
@@ -111,6 +113,7 @@ def _parser() -> argparse.ArgumentParser:
         commands, "stop", "ask the process that runs it to save and leave", "resumable-trainer stop --timeout 60"
     )
     _add_systemd(commands)
+    service_parsers.add(commands)
     stop.add_argument("--timeout", type=float, default=300.0, metavar="S", help="seconds to wait (default: 300)")
     return parser
 
@@ -295,6 +298,7 @@ def _add_starting(parser: argparse.ArgumentParser) -> None:
         "--relaunch", action="store_true", help="start the script even though the run is done and its sources unchanged"
     )
     parser.add_argument("--json", action="store_true", help="if nothing is to be started, say so as JSON")
+    parser.add_argument("--quiet", action="store_true", help="if nothing is to be started, say nothing")
     _add_staying_alive(parser)
 
 

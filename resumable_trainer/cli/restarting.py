@@ -53,7 +53,7 @@ def where(args: argparse.Namespace) -> list[str]:
 
 def options(args: argparse.Namespace) -> list[str]:
     """The other options of starting, for a process that starts the same."""
-    flags = [f"--{name}" for name in ("strict", "relaunch", "json") if getattr(args, name)]
+    flags = [f"--{name}" for name in ("strict", "relaunch", "json", "quiet") if getattr(args, name)]
     hook = [] if args.on_event is None else [f"--on-event={args.on_event}"]
     return [*flags, *hook, "--if-running", args.if_running]
 

@@ -146,7 +146,7 @@ def start(command: Command, directories: list[Path], target: Path | None, args: 
         done = [path for path in directories if launch.command_is_done(path, command)]
         if done and len(done) == len(directories):
             heartbeat.nothing_to_do()
-            return _say_done(done[-1], as_json=args.json)
+            return int(ExitCode.DONE) if args.quiet else _say_done(done[-1], as_json=args.json)
     _check_which(directories, target, args.which)
     handover = launch.process.handover
     handover.command, handover.strict, handover.fresh, handover.which = command, args.strict, fresh, args.which

@@ -1,0 +1,64 @@
+"""A Job for Kubernetes that is started again after preemptions, and not where starting again is no use.
+
+Written as JSON, which is YAML: nothing in a name or path can be taken for something else.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+_NEVER_AGAIN = [2, 65, 66, 78, 79]
+
+
+@dataclass(frozen=True)
+class Job:
+    """What the Job says.
+
+    Attributes:
+        directory: The run directory, absolute; its parent is the volume's mount point.
+        arguments: What the container runs, the interpreter first.
+        image: The container's image.
+        claim: The persistent volume claim that holds the runs.
+        grace_seconds: How long a pod has to save when it is told to go; a spot node may give less.
+        failures: How often it is started again after failures; preemptions do not count.
+    """
+
+    directory: Path
+    arguments: tuple[str, ...]
+    image: str
+    claim: str
+    cwd: str
+    grace_seconds: int = 120
+    failures: int = 20
+
+
+def manifest(job: Job) -> str:
+    """The Job."""
+    name = re.sub(r"[^a-z0-9]+", "-", job.directory.name.lower()).strip("-")[:50].strip("-") or "run"
+    rules = [
+        {"action": "Ignore", "onPodConditions": [{"type": "DisruptionTarget"}]},
+        {"action": "Ignore", "onExitCodes": {"operator": "In", "values": [75]}},
+        {"action": "FailJob", "onExitCodes": {"operator": "In", "values": _NEVER_AGAIN}},
+    ]
+    container = {
+        "name": "training",
+        "image": job.image,
+        "command": list(job.arguments),  # no shell: it would keep the signals for itself
+        "workingDir": job.cwd,
+        "volumeMounts": [{"name": "runs", "mountPath": str(job.directory.parent)}],
+    }
+    pod = {
+        "restartPolicy": "Never",
+        "terminationGracePeriodSeconds": job.grace_seconds,
+        "containers": [container],
+        "volumes": [{"name": "runs", "persistentVolumeClaim": {"claimName": job.claim}}],
+    }
+    spec = {"backoffLimit": job.failures, "podFailurePolicy": {"rules": rules}, "template": {"spec": pod}}
+    fields = {"apiVersion": "batch/v1", "kind": "Job", "metadata": {"name": name}, "spec": spec}
+    return json.dumps(fields, indent=2) + "\n"
