@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.utils.data import DataLoader
+from torch.utils.data._utils.signal_handling import _remove_worker_pids
 
 from resumable_trainer.data.shielding import WorkerStart, signals_held_back, start_method
 from resumable_trainer.data.stateless import length
@@ -73,6 +74,29 @@ def end_workers(iterator: Any) -> None:
     end = getattr(iterator, "_shutdown_workers", None)
     if end is not None:
         end()
+
+
+def abandon_workers(iterator: Any) -> None:
+    """Kill the workers of an iterator whose batches nobody will want: the wait for one was broken off.
+
+    Torch's own way waits five seconds for each worker that is within a load, and five more after its SIGTERM:
+    the time that a notice leaves may be over before the state is saved. A worker killed at any instant
+    may hold a queue's lock, so nothing is put into a queue any more, either.
+    """
+    if getattr(iterator, "_shutdown", True):
+        return
+    iterator._shutdown = True  # torch's own way has nothing left to do
+    if iterator._worker_pids_set:
+        _remove_worker_pids(id(iterator))  # or torch's handler of SIGCHLD takes their end for a crash
+        iterator._worker_pids_set = False
+    if hasattr(iterator, "_pin_memory_thread_done_event"):
+        iterator._pin_memory_thread_done_event.set()  # a daemon, which looks at it every five seconds
+    for queue in [iterator._worker_result_queue, *iterator._index_queues]:
+        queue.cancel_join_thread()
+    for worker in iterator._workers:
+        worker.kill()
+    for worker in iterator._workers:
+        worker.join()
 
 
 @atexit.register

@@ -22,7 +22,7 @@ from torch.utils.data import BatchSampler, DataLoader, Dataset, Subset, TensorDa
 from torch.utils.data._utils.collate import default_collate
 
 from resumable_trainer.data.gather import content, gathered
-from resumable_trainer.data.inner import describe, end_workers, inner_loader, started
+from resumable_trainer.data.inner import abandon_workers, describe, end_workers, inner_loader, started
 from resumable_trainer.data.order import mix
 from resumable_trainer.data.randomness import (
     each_apart,
@@ -139,6 +139,12 @@ class LoaderSource(Stateless):
     def _from_workers(self, iterator: Iterator[Any]) -> Iterator[Any]:
         try:
             yield from iterator
+        except (Exception, GeneratorExit):
+            raise
+        except BaseException:  # the wait was broken off, by a notice or a person: what is being loaded is lost
+            abandon_workers(iterator)
+            self._inner._iterator = None
+            raise
         finally:
             if not self._loader.persistent_workers:
                 end_workers(iterator)
@@ -277,6 +283,11 @@ class StreamSource(Stateless):
                 yield from iterator
             else:
                 yield from each_apart(iterator, epoch_seed, *generators)
+        except (Exception, GeneratorExit):
+            raise
+        except BaseException:
+            abandon_workers(iterator)
+            raise
         finally:
             end_workers(iterator)
 

@@ -131,6 +131,7 @@ class Run:
         self._stopped: Stopped | None = None  # the notice that was followed
         self._has_trained = False  # in this launch
         self._clouds: clouds.Watch | None = None
+        self._saved_last = ""  # name of the snapshot that was taken last; it may still be on its way
         self._has_warned = False  # that the loss is no number
         self._went_back = False  # within the body of an epoch that is not to be counted
         # Between two boundaries:
@@ -517,11 +518,14 @@ class Run:
 
     def _noting_the_first(self, batches: Iterator[tuple[Any, int]]) -> Iterator[tuple[Any, int]]:
         """The same batches; when the first of this launch (or after going back) is there, setting up is over."""
+        waits = notices.waits
         first = next(batches, None)
+        notices.waits = False
         if first is None:
             return batches
         self._has_trained = True
         self._manager.note("training", **vars_of(self._cursor.position))
+        notices.waits = waits
         return chain([first], batches)
 
     def _each(
@@ -536,9 +540,10 @@ class Run:
         is_due = self._saver.is_due_after_batch if self._policy.looks_at_batches else None
         watch = self._record.watch
         left_out = watch.left_out(cursor.epoch)
+        # Where what was trained last is not saved yet, and cannot be any more, the first batch is waited for.
+        notices.waits = breaks and (cursor.batch > 0 or self._epoch_start_is_saved())
         if not self._has_trained:
             batches = self._noting_the_first(batches)
-        notices.waits = breaks
         for batch, weight in batches:
             notices.waits = False
             if left_out and cursor.batch in left_out:
@@ -562,13 +567,17 @@ class Run:
             if watch.found is not None:
                 self._diverge()
                 return
+            notices.waits = breaks  # before the flag is looked at: a notice between the two is not slept through
             if notices.pending or self._snapshot_wanted or (is_due is not None and is_due(cursor.step)):
+                notices.waits = False
                 self._boundary()
                 if self._went_back:
                     return
+                notices.waits = breaks
             if tell is not None:
+                notices.waits = False
                 tell("step")
-            notices.waits = breaks
+                notices.waits = breaks
         notices.waits = False
 
     def _iterator(self, source: Source, loop: BatchLoop) -> Iterator[tuple[Any, int]]:
@@ -746,6 +755,11 @@ class Run:
         self._screen.go_back(total, self._cursor.epoch)
 
     # -- what is durable ---------------------------------------------------------------------------
+
+    def _epoch_start_is_saved(self) -> bool:
+        """Whether the state before the epoch's first batch is durable, or on its way; never blocks."""
+        start = snapshot_name(self._cursor.position, epoch_complete=True)
+        return self._cursor.step == 0 or start in (self._manager.latest, self._saved_last)
 
     def _epoch_start_is_durable(self) -> bool:
         self._saver.settle()
@@ -928,6 +942,7 @@ class Run:
             self._saver.save_now(staged, facts)
         else:
             self._saver.save(staged, facts)
+        self._saved_last = facts.name
         self._snapshot_wanted = False
         self._heart.beat()
         notices.served()
