@@ -120,6 +120,7 @@ class LoaderSource(Stateless):
         self._loader, self._seed, self._salt = loader, seed, salt
         self._order = SamplerOrder(loader, seed=seed, salt=salt)
         self._tasks = _Tasks()
+        self._broken_off: Iterator[Any] | None = None
         feed: dict[str, Any] = {"batch_sampler": self._tasks}
         if loader.batch_sampler is None:
             feed = {"batch_size": None, "sampler": self._tasks}
@@ -139,9 +140,18 @@ class LoaderSource(Stateless):
     def _from_workers(self, iterator: Iterator[Any]) -> Iterator[Any]:
         try:
             yield from iterator
-        finally:
-            if not self._loader.persistent_workers:
-                end_workers(iterator)
+        except (Exception, GeneratorExit):
+            self._end(iterator)
+            raise
+        except BaseException:
+            # A notice has broken off the wait: the state is saved first. A worker that loads takes seconds to end.
+            self._broken_off = iterator
+            raise
+        self._end(iterator)
+
+    def _end(self, iterator: Iterator[Any]) -> None:
+        if not self._loader.persistent_workers:
+            end_workers(iterator)
 
     def _from_here(self, iterator: Iterator[Any], epoch_seed: int) -> Iterator[Any]:
         while True:
@@ -192,9 +202,11 @@ class LoaderSource(Stateless):
         self._order.begin_again(beginning)
 
     def close(self) -> None:
-        """End persistent workers."""
+        """End persistent workers, and those of a wait that was broken off."""
         iterator, self._inner._iterator = self._inner._iterator, None
         end_workers(iterator)
+        broken_off, self._broken_off = self._broken_off, None
+        end_workers(broken_off)
 
 
 class GatheringSource(LoaderSource):

@@ -191,7 +191,7 @@ with Run("run", state={"model": model, "optimizer": optimizer}, snapshots=policy
             if where == "training" and run.step >= 5 and not os.path.exists("loaded"):
                 if run.step == 5:
                     print("READY", flush=True)
-                time.sleep(0.2)
+                time.sleep(0.6)
             optimizer.zero_grad()
             loss = model(inputs).square().mean()
             loss.backward()
