@@ -41,3 +41,19 @@ prepare() {
         printf '%s\n' "$wanted" > "$stamp"
     fi
 }
+
+# Debian packages that some tests need (a systemd and a cron of their own); where they cannot be had, those tests are skipped.
+install_packages() {
+    local package missing=()
+    if [ "$(id -u)" != 0 ] || ! command -v apt-get > /dev/null; then return 0; fi
+    for package in systemd dbus cron util-linux procps; do
+        dpkg -s "$package" > /dev/null 2>&1 || missing+=("$package")
+    done
+    if [ "${#missing[@]}" = 0 ]; then return 0; fi
+    say "installing ${missing[*]}, which some tests need"
+    {
+        export DEBIAN_FRONTEND=noninteractive
+        apt-get update && apt-get install --yes --no-install-recommends "${missing[@]}"
+    } > /dev/null 2>&1 < /dev/null || say "not installed; tests that need them are skipped"
+    return 0
+}

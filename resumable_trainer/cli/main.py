@@ -75,15 +75,21 @@ def _report(error: Exception) -> int:
     from resumable_trainer.errors import ExitCode, ResumableTrainerError
 
     if isinstance(error, ResumableTrainerError):
-        print(f"resumable-trainer: {error}", file=sys.stderr)
+        _complain(error)
         return int(error.exit_code)
     if isinstance(error, OSError):
-        print(f"resumable-trainer: {error}", file=sys.stderr)
+        _complain(error)
         return int(ExitCode.USAGE if error.errno == errno.ENAMETOOLONG else ExitCode.NOT_SAVED)
     if isinstance(error, ValueError):
-        print(f"resumable-trainer: {error}", file=sys.stderr)
+        _complain(error)
         return int(ExitCode.NO_VALID_SNAPSHOT)
     raise error
+
+
+def _complain(error: Exception) -> None:
+    from resumable_trainer.loop.journal_lines import ERROR, marked
+
+    print(marked(f"resumable-trainer: {error}", ERROR), file=sys.stderr)
 
 
 def _parser() -> argparse.ArgumentParser:

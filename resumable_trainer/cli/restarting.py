@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from resumable_trainer.errors import UsageError
 from resumable_trainer.loop import launch
+from resumable_trainer.loop.journal_lines import WARNING, marked
 from resumable_trainer.service.budget import Limits
 from resumable_trainer.service.hooks import Hooks
 from resumable_trainer.service.supervisor import Supervisor, Training
@@ -59,4 +60,4 @@ def options(args: argparse.Namespace) -> list[str]:
 
 
 def _say(line: str) -> None:
-    print(f"resumable-trainer: {line}", file=sys.stderr, flush=True)
+    print(marked(f"resumable-trainer: {line}", WARNING), file=sys.stderr, flush=True)

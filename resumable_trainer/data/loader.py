@@ -120,6 +120,7 @@ class LoaderSource(Stateless):
         self._loader, self._seed, self._salt = loader, seed, salt
         self._order = SamplerOrder(loader, seed=seed, salt=salt)
         self._tasks = _Tasks()
+        self._broken_off: Iterator[Any] | None = None
         feed: dict[str, Any] = {"batch_sampler": self._tasks}
         if loader.batch_sampler is None:
             feed = {"batch_size": None, "sampler": self._tasks}
@@ -140,14 +141,17 @@ class LoaderSource(Stateless):
         try:
             yield from iterator
         except (Exception, GeneratorExit):
+            self._end(iterator)
             raise
-        except BaseException:  # the wait was broken off, by a notice or a person: what is being loaded is lost
-            abandon_workers(iterator)
-            self._inner._iterator = None
+        except BaseException:
+            # A notice has broken off the wait: the state is saved first, then they are killed.
+            self._broken_off = iterator
             raise
-        finally:
-            if not self._loader.persistent_workers:
-                end_workers(iterator)
+        self._end(iterator)
+
+    def _end(self, iterator: Iterator[Any]) -> None:
+        if not self._loader.persistent_workers:
+            end_workers(iterator)
 
     def _from_here(self, iterator: Iterator[Any], epoch_seed: int) -> Iterator[Any]:
         while True:
@@ -198,7 +202,9 @@ class LoaderSource(Stateless):
         self._order.begin_again(beginning)
 
     def close(self) -> None:
-        """End persistent workers."""
+        """End persistent workers, and those of a wait that was broken off."""
+        broken_off, self._broken_off = self._broken_off, None
+        abandon_workers(broken_off)
         iterator, self._inner._iterator = self._inner._iterator, None
         end_workers(iterator)
 

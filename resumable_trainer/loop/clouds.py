@@ -32,6 +32,7 @@ _LONG_POLL_SECONDS = 60
 _MAX_BYTES = 1 << 20
 _GOOGLE_SECONDS = 30.0  # best effort, after the machine is told to go off
 _AZURE_SECONDS = 30.0  # at least, for Preempt
+_AZURE_ENDS = ("Preempt", "Terminate", "Reboot", "Redeploy")
 _DMI = Path("/sys/class/dmi/id")
 
 
@@ -97,7 +98,9 @@ class Aws:
         text = self._read("spot/instance-action")
         if text is not None:
             found = _object(text)
-            action = str(found.get("action"))
+            action = found.get("action")
+            if action not in ("stop", "terminate", "hibernate"):
+                raise ValueError(f"no action that is known: {text[:60]!r}")
             left = _until(found.get("time")) if action != "hibernate" else 0.0
             return Asked(f"AWS spot: {action}", leave=True, seconds_left=left)
         text = self._read("events/recommendations/rebalance")
@@ -165,8 +168,8 @@ class Azure:
         if not isinstance(events, list):
             raise ValueError(f"Events is no list: {str(events)[:60]!r}")
         for event in events:
-            if not isinstance(event, dict) or event.get("EventType") == "Freeze":
-                continue  # a pause of seconds
+            if not isinstance(event, dict) or event.get("EventType") not in _AZURE_ENDS:
+                continue  # a Freeze is a pause of seconds
             concerned = [str(name).lower() for name in event.get("Resources") or ()]
             if concerned and self._host and self._host.lower() not in concerned:
                 continue

@@ -20,6 +20,7 @@ import threading
 from typing import TYPE_CHECKING, Any
 
 from resumable_trainer.errors import ExitCode, ResumableTrainerError
+from resumable_trainer.loop.journal_lines import ERROR, marked
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -188,7 +189,7 @@ def install_excepthook(on_failure: Callable[[], None] | None = None) -> None:
 def report_error(kind: type[BaseException], error: BaseException, traceback: TracebackType | None) -> int:
     """Show an uncaught error to a person; the exit code that it stands for."""
     if isinstance(error, ResumableTrainerError):
-        print(f"resumable-trainer: {error}", file=sys.stderr)  # noqa: T201 - the last thing the process says
+        print(marked(f"resumable-trainer: {error}", ERROR), file=sys.stderr)  # noqa: T201 - the last thing the process says
         return int(error.exit_code)
     if issubclass(kind, KeyboardInterrupt):
         return int(ExitCode.INTERRUPTED)

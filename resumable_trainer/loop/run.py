@@ -244,11 +244,14 @@ class Run:
         notices.ask(leave=asked.leave, source=asked.source, deadline=deadline)
 
     def _seconds_needed(self) -> float:
-        """How long before its end a machine must be left: to finish a batch, to save, and something to spare."""
+        """How long before its end a machine must be left: to finish a batch, to save, and something to spare.
+
+        At least half a minute: what clouds promise is their best effort, so of so little nothing is spent on training.
+        """
         costs = sorted(self._manager.costs)
         if not costs:
             return inf  # nothing is known yet: at once
-        return 2.0 + 2 * costs[int(0.95 * (len(costs) - 1))] + self._heart.longest_seconds
+        return max(30.0, 5.0 + 2 * costs[int(0.95 * (len(costs) - 1))] + self._heart.longest_seconds)
 
     def _resume(self, found: RestoreReport) -> None:
         """Restore the chosen snapshot, and say what was found."""
