@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import math
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import Any
 
 import endings
 import pytest
@@ -13,15 +14,12 @@ from small import Killed, Small, killed_at
 
 from resumable_trainer import DamagedSnapshotError, EarlyStopping, SnapshotPolicy
 from resumable_trainer.durable.files import Files
-from resumable_trainer.loop import launch
+from resumable_trainer.loop import launch, opening
 from resumable_trainer.loop.opening import lost_snapshots, with_loop
 from resumable_trainer.loop.record import Record
-from resumable_trainer.manager import RestoreReport
+from resumable_trainer.manager import RestoreReport, StateManager
 from resumable_trainer.snapshot.manifest import Manifest, PositionFields
 from resumable_trainer.snapshot.store import Store
-
-if TYPE_CHECKING:
-    from pathlib import Path
 
 AT_ONCE = SnapshotPolicy(background=False)
 
@@ -142,3 +140,34 @@ def test_a_run_whose_best_value_is_infinite_is_resumed(tmp_path: Path, value: fl
     run = Small(accuracy=lambda epoch: value).train(tmp_path / "cut", **settings)
     assert run.resumed_from == "step-000000008-epoch-000002"
     assert endings.ending(tmp_path / "cut") == endings.ending(tmp_path / "whole")
+
+
+def test_goodput_is_told_where_the_events_can_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert opening.goodput(tmp_path) == [], "no events"
+    Small().train(tmp_path, epochs=1)
+    assert opening.goodput(tmp_path)[0].startswith("goodput ")
+    monkeypatch.setattr(opening, "_MAX_EVENTS_BYTES", 10)
+    assert opening.goodput(tmp_path) == [], "too many to be read at a run's end"
+
+
+def test_when_the_process_was_started_is_told_where_the_system_tells_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert opening.process_started() is not None
+    monkeypatch.setattr(Path, "read_text", lambda self: "")
+    assert opening.process_started() is None
+
+
+@pytest.mark.parametrize(("noted", "limit"), [(7.0, 70.0), ("long", 600.0), (-1, 600.0), (None, 600.0)])
+def test_the_pace_of_earlier_launches_is_known_if_it_can_be_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, noted: object, limit: float
+) -> None:
+    with StateManager(tmp_path, state={"model": Small().model}) as manager:
+        if noted is not None:
+            manager.note("paced", longest_gap_seconds=noted)
+        assert not opening.heartbeat(manager).is_watched
+        monkeypatch.setenv("NOTIFY_SOCKET", str(tmp_path / "nobody"))
+        monkeypatch.setenv("WATCHDOG_USEC", "600000000")
+        heart = opening.heartbeat(manager)
+        heart.ready()
+        assert heart._limit == limit
+        heart._note(3.0)
+    assert launch.last_events(tmp_path, ("paced",))["paced"]["longest_gap_seconds"] == 3.0
