@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 SCRIPT = Path(__file__).parent / "sandbox.sh"
@@ -15,6 +16,8 @@ def lacking() -> str | None:
     """Why there can be no sandbox here; None if it can be tried."""
     if os.geteuid() != 0:
         return "a systemd in a namespace needs root"
+    if Path(sys.prefix).is_relative_to("/tmp"):  # noqa: S108 - looked at, not written to
+        return "the interpreter lies in /tmp, of which every unit has its own"
     missing = [name for name in _NEEDED if shutil.which(name) is None]
     if missing or not Path("/lib/systemd/systemd").exists():
         return f"a systemd in a namespace needs Debian's systemd, dbus, util-linux, procps ({', '.join(missing)})"

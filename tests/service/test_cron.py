@@ -1,0 +1,113 @@
+"""A run under Debian's real cron, in a system of its own: killed, started again, and never heard of."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+import sysconfig
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import sandbox as sandboxes
+
+import resumable_trainer
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    from sandbox import Sandbox
+
+JOB = """
+import sys, time, torch
+from resumable_trainer import Run, SnapshotPolicy
+torch.manual_seed(0)
+model = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Dropout(0.2), torch.nn.Linear(4, 1))
+optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
+with Run("run", state={"model": model, "optimizer": optimizer}, snapshots=SnapshotPolicy(every_steps=5)) as run:
+    for epoch in run.epochs(6):
+        for _ in run.batches(range(20)):
+            optimizer.zero_grad()
+            loss = model(torch.randn(3, 4)).square().mean()
+            loss.backward()
+            optimizer.step()
+            run.log(loss=loss)
+            time.sleep(float(sys.argv[1]))
+"""
+TRAINER = (f"{sys.prefix}/bin/python", "-m", "resumable_trainer")
+DIRECTORY = "/srv/50% of it's"
+RUN = f"{DIRECTORY}/run"
+
+
+@pytest.fixture
+def box() -> Iterator[Sandbox]:
+    reason = sandboxes.lacking() or (None if shutil.which("cron") else "Debian's cron is not installed")
+    if reason is not None:
+        pytest.skip(reason)
+    booted = sandboxes.Sandbox("resumable-trainer-cron")
+    if booted.failure is not None:
+        booted.stop()
+        pytest.skip(booted.failure)
+    # Cron's environment has no PYTHONPATH: the package under test comes first in there, wherever it is.
+    here = Path(resumable_trainer.__file__).parents[1]
+    line = f"import sys; sys.path.insert(0, {str(here)!r})\n"
+    booted.write(f"{sysconfig.get_paths()['purelib']}/under_test.pth", line)
+    yield booted
+    booted.stop()
+
+
+def train(box: Sandbox, directory: str, pause: float, after: str) -> str:
+    box.write(f"{directory}/job.py", JOB)
+    script = f'cd "{directory}"; {" ".join(TRAINER)} run job.py {pause} {after}'
+    return box.sh("sh", "-c", script).stderr
+
+
+def ending(box: Sandbox, directory: str) -> str:
+    names = "metrics.jsonl snapshots/step-000000120-epoch-000006/*.safetensors"
+    return box.sh("sh", "-c", f'cd "{directory}/run" && sha256sum {names}').stdout
+
+
+def events(box: Sandbox, kind: str) -> list[dict[str, Any]]:
+    found = [json.loads(line) for line in box.sh("cat", f"{RUN}/events.jsonl").stdout.splitlines()]
+    return [event for event in found if event["event"] == kind]
+
+
+def until(holds: Callable[[], bool]) -> None:
+    """Cron looks once a minute."""
+    deadline = time.monotonic() + 180
+    while not holds():
+        assert time.monotonic() < deadline
+        time.sleep(0.3)
+
+
+def test_a_killed_run_is_continued_to_its_end_without_a_word(box: Sandbox) -> None:
+    train(box, "/srv/whole", 0, "")
+    whole = ending(box, "/srv/whole")
+    assert len(whole.splitlines()) >= 3
+    until_saved = "& for i in $(seq 300); do [ -d run/snapshots/step-000000005 ] && break; sleep 0.1; done; kill -9 $!"
+    train(box, DIRECTORY, 0.1, until_saved)
+    box.write("/usr/sbin/sendmail", "#!/bin/sh\ncat >> /srv/mail\n")
+    box.sh("chmod", "755", "/usr/sbin/sendmail")
+    # The user's own line speaks, so that silence is ours and not the mail's.
+    box.sh("crontab", "-", text="MAILTO=root\n* * * * * echo spoken\n")
+    done = box.sh(*TRAINER, "cron", "install", RUN, "--every", "1")
+    assert done.returncode == 0, done.stderr
+
+    until(lambda: len(events(box, "training")) == 2)
+    command = next(line for line in box.sh("crontab", "-l").stdout.splitlines() if line.startswith("@reboot"))
+    second = box.sh("sh", "-c", command.removeprefix("@reboot ").replace(r"\%", "%"))
+    assert (second.returncode, second.stdout, second.stderr) == (0, "", "")
+    for launches in (2, 3):  # with the one by hand, three kills
+        until(lambda: len(events(box, "training")) == launches)  # noqa: B023 - called at once
+        box.sh("kill", "-9", str(events(box, "launched")[-1]["pid"]))
+    until(lambda: bool(events(box, "finished")))
+
+    assert len(events(box, "launched")) == 4
+    assert ending(box, DIRECTORY) == whole
+    mail = box.sh("cat", "/srv/mail").stdout
+    assert "spoken" in mail
+    assert "resumable" not in mail
+    assert box.sh(*TRAINER, "cron", "remove", RUN).returncode == 0
+    assert box.sh("crontab", "-l").stdout == "MAILTO=root\n* * * * * echo spoken\n"
