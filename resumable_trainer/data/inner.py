@@ -86,8 +86,8 @@ def abandon_workers(iterator: Any) -> None:
     if getattr(iterator, "_shutdown", True):
         return
     iterator._shutdown = True  # torch's own way has nothing left to do
-    if iterator._worker_pids_set:
-        signal_handling._remove_worker_pids(id(iterator))  # type: ignore[attr-defined] # or torch's handler of SIGCHLD takes their end for a crash
+    if iterator._worker_pids_set:  # else torch's handler of SIGCHLD takes their end for a crash
+        signal_handling._remove_worker_pids(id(iterator))  # type: ignore[attr-defined]
         iterator._worker_pids_set = False
     if hasattr(iterator, "_pin_memory_thread_done_event"):
         iterator._pin_memory_thread_done_event.set()  # a daemon, which looks at it every five seconds
