@@ -24,6 +24,7 @@ class Metadata:
         self.changed = threading.Event()
         self.events: Any = {"DocumentIncarnation": 1, "Events": []}
         self.refused: list[str] = []
+        self.approved: list[str] = []
         self.silent = False
 
     def expire(self) -> None:
@@ -49,6 +50,13 @@ class Handler(BaseHTTPRequestHandler):
         it.tokens_given += 1
         it.token = f"t{it.tokens_given}"
         return self.answer(200, it.token)
+
+    def do_POST(self) -> None:
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        if self.headers["Metadata"] != "true" or not self.path.startswith("/metadata/scheduledevents?api-version="):
+            return self.answer(400)
+        self.metadata.approved += [request["EventId"] for request in body["StartRequests"]]
+        return self.answer(200)
 
     def do_GET(self) -> None:
         it = self.metadata
