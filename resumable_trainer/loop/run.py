@@ -12,7 +12,7 @@ import os
 import time
 from dataclasses import asdict, replace
 from itertools import chain, islice
-from math import inf, isfinite
+from math import isfinite
 from typing import TYPE_CHECKING, Any, Literal, NoReturn, Self
 
 from resumable_trainer.data.randomness import switching
@@ -29,7 +29,7 @@ from resumable_trainer.errors import (
     Stopped,
     UsageError,
 )
-from resumable_trainer.loop import clouds, identity, launch, opening, screen
+from resumable_trainer.loop import clouds, deadline, identity, launch, opening, screen
 from resumable_trainer.loop.cursor import BatchLoop, Cursor
 from resumable_trainer.loop.divergence import OnDivergence, blamed, stretches
 from resumable_trainer.loop.held import HeldState
@@ -233,6 +233,7 @@ class Run:
         notices.may_break = lambda: not switching.now
         sources = clouds.found_here(os.environ) if self._probe is None else []
         if sources:
+            self._manager.costs.extend(opening.snapshot_costs(self.directory))
             self._clouds = clouds.Watch(
                 sources,
                 tell=self._asked,
@@ -240,18 +241,12 @@ class Run:
                 say=lambda line: self._screen.say([line]),
             )
 
-    def _asked(self, asked: clouds.Asked, deadline: float | None) -> None:
-        notices.ask(leave=asked.leave, source=asked.source, deadline=deadline)
+    def _asked(self, asked: clouds.Asked, end: float | None) -> None:
+        notices.ask(leave=asked.leave, source=asked.source, deadline=end)
 
     def _seconds_needed(self) -> float:
-        """How long before its end a machine must be left: to finish a batch, to save, and something to spare.
-
-        At least half a minute: what clouds promise is their best effort, so of so little nothing is spent on training.
-        """
-        costs = sorted(self._manager.costs)
-        if not costs:
-            return inf  # nothing is known yet: at once
-        return max(30.0, 5.0 + 2 * costs[int(0.95 * (len(costs) - 1))] + self._heart.longest_seconds)
+        """How long before its end a machine must be left."""
+        return deadline.seconds_needed(list(self._manager.costs), self._heart.longest_seconds)
 
     def _resume(self, found: RestoreReport) -> None:
         """Restore the chosen snapshot, and say what was found."""
