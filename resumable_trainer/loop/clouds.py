@@ -18,7 +18,8 @@ import math
 import os
 import threading
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
 
 VARIABLE = "RESUMABLE_TRAINER_NOTICES"
 AZURE_VARIABLE = "RESUMABLE_TRAINER_AZURE_IMDS"
+APPROVAL_VARIABLE = "RESUMABLE_TRAINER_AZURE_APPROVE"
 _TIMEOUT_SECONDS = 2.0
 _LONG_POLL_SECONDS = 60
 _MAX_BYTES = 1 << 20
@@ -44,11 +46,13 @@ class Asked:
         source: Who asks, for a person: "AWS spot: terminate".
         leave: Whether to leave; else to save, and go on.
         seconds_left: Until the machine goes; None if it is not told.
+        saved: Tells the source that the run has saved and leaves; None if it does not want to know.
     """
 
     source: str
     leave: bool
     seconds_left: float | None = None
+    saved: Callable[[], None] | None = field(default=None, compare=False)
 
 
 class Source(Protocol):
@@ -66,13 +70,20 @@ class Source(Protocol):
         """
 
 
-def _get(url: str, headers: Mapping[str, str], *, method: str = "GET", timeout: float = _TIMEOUT_SECONDS) -> str | None:
+def _get(
+    url: str,
+    headers: Mapping[str, str],
+    *,
+    method: str = "GET",
+    timeout: float = _TIMEOUT_SECONDS,
+    data: bytes | None = None,
+) -> str | None:
     """The body of an answer; None for 404."""
     import urllib.error
     import urllib.request
 
     opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
-    request = urllib.request.Request(url, headers=dict(headers), method=method)  # noqa: S310 - http of the machine itself
+    request = urllib.request.Request(url, data=data, headers=dict(headers), method=method)  # noqa: S310 - http of the machine itself
     try:
         with opener.open(request, timeout=timeout) as answer:
             return str(answer.read(_MAX_BYTES).decode("utf-8", "replace"))
@@ -150,18 +161,24 @@ class Google:
 class Azure:
     """Scheduled events that end this machine or its processes; a Freeze does not.
 
-    The first answer may take two minutes: it switches the service on.
+    The first answer may take two minutes: it switches the service on. Events are approved once the run has saved, so
+    that Azure need not wait, only if that is asked for: it approves them for every machine that they concern.
     """
 
     name, every_seconds = "Azure", 1.0
 
-    def __init__(self, endpoint: str, host: str) -> None:
+    def __init__(self, endpoint: str, host: str, *, approves: bool = False) -> None:
+        self._approves = approves
         self._url = f"{endpoint.rstrip('/')}/metadata/scheduledevents?api-version=2020-07-01"
+        self._named = f"{endpoint.rstrip('/')}/metadata/instance/compute/name?api-version=2021-02-01&format=text"
         self._host = host
+        self._name: str | None = None
         self._has_answered = False
 
     def ask(self) -> Asked | None:
         """The first event that ends this machine, or its processes."""
+        if self._name is None:
+            self._name = self._own_name()
         text = _get(self._url, {"Metadata": "true"}, timeout=_TIMEOUT_SECONDS if self._has_answered else 125.0)
         self._has_answered = True
         events = _object(text or "{}").get("Events", [])
@@ -171,11 +188,24 @@ class Azure:
             if not isinstance(event, dict) or event.get("EventType") not in _AZURE_ENDS:
                 continue  # a Freeze is a pause of seconds
             concerned = [str(name).lower() for name in event.get("Resources") or ()]
-            if concerned and self._host and self._host.lower() not in concerned:
+            own = {name.strip().lower() for name in (self._host, self._name) if name}
+            if concerned and own and not own.intersection(concerned):
                 continue
             left = _until(event.get("NotBefore")) if event.get("NotBefore") else _AZURE_SECONDS
-            return Asked(f"Azure: {event.get('EventType')}", leave=True, seconds_left=left)
+            saved = partial(self._approve, event.get("EventId")) if self._approves else None
+            return Asked(f"Azure: {event.get('EventType')}", leave=True, seconds_left=left, saved=saved)
         return None
+
+    def _own_name(self) -> str | None:
+        """What Azure calls this machine, which need not be what the machine calls itself; None if it is not told."""
+        try:
+            return _get(self._named, {"Metadata": "true"})
+        except OSError:
+            return None
+
+    def _approve(self, event_id: object) -> None:
+        body = json.dumps({"StartRequests": [{"EventId": event_id}]}).encode()
+        _get(self._url, {"Metadata": "true", "Content-Type": "application/json"}, method="POST", data=body)
 
 
 class Slurm:
@@ -222,7 +252,9 @@ def found_here(environment: Mapping[str, str], *, dmi: Path = _DMI) -> list[Sour
     if "google" in names:
         sources.append(Google(environment.get("GCE_METADATA_HOST") or "metadata.google.internal"))
     if "azure" in names:
-        sources.append(Azure(environment.get(AZURE_VARIABLE) or "http://169.254.169.254", os.uname().nodename))
+        approves = environment.get(APPROVAL_VARIABLE) == "1"
+        endpoint = environment.get(AZURE_VARIABLE) or "http://169.254.169.254"
+        sources.append(Azure(endpoint, os.uname().nodename, approves=approves))
     if "slurm" in names and (end := environment.get("SLURM_JOB_END_TIME", "")).isdecimal():
         sources.append(Slurm(float(end)))
     return sources

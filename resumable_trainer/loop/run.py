@@ -8,6 +8,7 @@ body, and where the batches go on), and the generators last at each of them.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import time
 from dataclasses import asdict, replace
@@ -131,6 +132,7 @@ class Run:
         self._stopped: Stopped | None = None  # the notice that was followed
         self._has_trained = False  # in this launch
         self._clouds: clouds.Watch | None = None
+        self._told_when_saved: Callable[[], None] | None = None
         self._saved_last = ""  # name of the snapshot that was taken last; it may still be on its way
         self._has_warned = False  # that the loss is no number
         self._went_back = False  # within the body of an epoch that is not to be counted
@@ -242,6 +244,7 @@ class Run:
             )
 
     def _asked(self, asked: clouds.Asked, end: float | None) -> None:
+        self._told_when_saved = asked.saved or self._told_when_saved
         notices.ask(leave=asked.leave, source=asked.source, deadline=end)
 
     def _seconds_needed(self) -> float:
@@ -1045,6 +1048,9 @@ class Run:
         if notices.deadline is not None:
             told["seconds_left"] = round(notices.deadline - time.monotonic(), 3)
         self._manager.note(event, signal=number.name, snapshot=latest, **told, **vars_of(self._cursor.position))
+        if self._told_when_saved is not None:
+            with contextlib.suppress(OSError, ValueError):  # the state is saved, whatever the cloud makes of that
+                self._told_when_saved()
         self._stopped = kind(screen.left(notices.source or number.name, where, latest, int(kind.exit_code)))
         raise self._stopped
 

@@ -22,8 +22,10 @@ class Metadata:
         self.rebalance: str | None = None
         self.preempted = "FALSE"
         self.changed = threading.Event()
+        self.name: str | None = None  # of the machine, as Azure calls it
         self.events: Any = {"DocumentIncarnation": 1, "Events": []}
         self.refused: list[str] = []
+        self.approved: list[str] = []
         self.silent = False
 
     def expire(self) -> None:
@@ -50,6 +52,13 @@ class Handler(BaseHTTPRequestHandler):
         it.token = f"t{it.tokens_given}"
         return self.answer(200, it.token)
 
+    def do_POST(self) -> None:
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        if self.headers["Metadata"] != "true" or not self.path.startswith("/metadata/scheduledevents?api-version="):
+            return self.answer(400)
+        self.metadata.approved += [request["EventId"] for request in body["StartRequests"]]
+        return self.answer(200)
+
     def do_GET(self) -> None:
         it = self.metadata
         if it.silent:
@@ -71,6 +80,8 @@ class Handler(BaseHTTPRequestHandler):
             if self.headers["Metadata"] != "true" or "api-version=" not in self.path:
                 return self.answer(400)
             return self.answer(200, it.events if isinstance(it.events, str) else json.dumps(it.events))
+        if path == "/metadata/instance/compute/name" and it.name is not None and self.headers["Metadata"] == "true":
+            return self.answer(200, it.name)
         return self.answer(404)
 
 

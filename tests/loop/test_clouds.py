@@ -91,6 +91,17 @@ def test_azure_tells_of_events_of_this_machine_alone(served: tuple[str, Metadata
     assert asked.seconds_left == 30
 
 
+def test_azure_calls_a_machine_by_another_name_than_it_calls_itself(served: tuple[str, Metadata]) -> None:
+    host, metadata = served
+    metadata.name = "vmss_7"
+    azure = Azure(f"http://{host}", "vmss000007")
+    event = {"EventId": "x", "EventType": "Preempt", "EventStatus": "Scheduled", "NotBefore": ""}
+    metadata.events = {"DocumentIncarnation": 2, "Events": [{**event, "Resources": ["vmss_6"]}]}
+    assert azure.ask() is None
+    metadata.events = {"DocumentIncarnation": 3, "Events": [{**event, "Resources": ["vmss_7"]}]}
+    assert azure.ask() is not None
+
+
 def test_slurm_tells_the_end_of_the_job() -> None:
     asked = Slurm(time.time() + 500).ask()
     assert asked is not None
@@ -271,9 +282,27 @@ def test_a_notice_is_followed_wherever_it_finds_the_training(
     assert endings.differing(endings.ending(whole / "run"), endings.ending(tmp_path / "run")) == []
 
 
+@pytest.mark.parametrize("approves", [False, True])
+def test_azure_is_told_that_the_run_has_saved_if_that_is_asked_for(
+    tmp_path: Path, served: tuple[str, Metadata], approves: bool
+) -> None:
+    host, metadata = served
+    metadata.events = {"Events": [{"EventId": "e-1", "EventType": "Preempt", "NotBefore": ""}]}
+    environment = {"RESUMABLE_TRAINER_AZURE_IMDS": f"http://{host}"}
+    if approves:
+        environment["RESUMABLE_TRAINER_AZURE_APPROVE"] = "1"
+    process = started(tmp_path, "training", **environment)
+    assert "Azure: Preempt" in process.communicate(timeout=60)[1]
+    assert process.returncode == 75
+    assert metadata.approved == (["e-1"] if approves else [])
+
+
 def test_a_rebalance_recommendation_saves_and_goes_on(tmp_path: Path, served: tuple[str, Metadata]) -> None:
     host, metadata = served
     metadata.rebalance = json.dumps({"noticeTime": "2026-01-01T00:00:00Z"})
     process = started(tmp_path, "training", AWS_EC2_METADATA_SERVICE_ENDPOINT=f"http://{host}")
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 0, errors
+    rows = [json.loads(line) for line in (tmp_path / "run/events.jsonl").read_text().splitlines()]
+    steps = [row["step"] for row in rows if row["event"] == "committed"]
+    assert any(step % 4 for step in steps), "one more than the policy asks for"
