@@ -124,7 +124,8 @@ def test_a_malformed_answer_is_said_once_and_harms_nothing(served: tuple[str, Me
     assert all("cannot be had" in line for line in said)
 
 
-def test_a_service_that_is_not_there_is_said_once() -> None:
+def test_a_service_that_is_not_there_is_said_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("resumable_trainer.loop.clouds._TIMEOUT_SECONDS", 0.01)
     said: list[str] = []
     aws = Aws("http://127.0.0.1:9")
     aws.every_seconds = 0.01

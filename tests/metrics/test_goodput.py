@@ -87,15 +87,22 @@ def test_going_back_behind_an_older_snapshot_loses_all_of_a_launch() -> None:
     assert account(rows).steps_repeated == 50 + 30
 
 
+def test_a_newest_snapshot_that_was_damaged_loses_what_it_held() -> None:
+    rows = [*KILLED_ONCE[:3], event("committed", 26, snapshot="b", taken=at(25), stall_seconds=0.0, step=130)]
+    assert account([*rows, *KILLED_ONCE[3:]]).seconds["repeated"] == 10, "back to the one before"
+
+
 def test_a_rollback_loses_what_was_trained_since_its_snapshot() -> None:
     rows = [
         *KILLED_ONCE[:3],
         event("diverged", 27, action="rollback", back_to="a", step=140),
+        event("resumed", 28, snapshot="a", step=100),
+        event("training", 29, step=100),
         event("finished", 40, outcome="finished"),
         event("exited", 40, code=0),
     ]
     found = account(rows)
-    assert found.seconds["repeated"] == 7
+    assert found.seconds["repeated"] == 7 + 2, "and going back itself"
     assert (found.rollbacks, found.interruptions) == (1, {})
 
 
