@@ -170,11 +170,15 @@ class Azure:
     def __init__(self, endpoint: str, host: str, *, approves: bool = False) -> None:
         self._approves = approves
         self._url = f"{endpoint.rstrip('/')}/metadata/scheduledevents?api-version=2020-07-01"
+        self._named = f"{endpoint.rstrip('/')}/metadata/instance/compute/name?api-version=2021-02-01&format=text"
         self._host = host
+        self._name: str | None = None
         self._has_answered = False
 
     def ask(self) -> Asked | None:
         """The first event that ends this machine, or its processes."""
+        if self._name is None:
+            self._name = self._own_name()
         text = _get(self._url, {"Metadata": "true"}, timeout=_TIMEOUT_SECONDS if self._has_answered else 125.0)
         self._has_answered = True
         events = _object(text or "{}").get("Events", [])
@@ -184,12 +188,20 @@ class Azure:
             if not isinstance(event, dict) or event.get("EventType") not in _AZURE_ENDS:
                 continue  # a Freeze is a pause of seconds
             concerned = [str(name).lower() for name in event.get("Resources") or ()]
-            if concerned and self._host and self._host.lower() not in concerned:
+            own = {name.strip().lower() for name in (self._host, self._name) if name}
+            if concerned and own and not own.intersection(concerned):
                 continue
             left = _until(event.get("NotBefore")) if event.get("NotBefore") else _AZURE_SECONDS
             saved = partial(self._approve, event.get("EventId")) if self._approves else None
             return Asked(f"Azure: {event.get('EventType')}", leave=True, seconds_left=left, saved=saved)
         return None
+
+    def _own_name(self) -> str | None:
+        """What Azure calls this machine, which need not be what the machine calls itself; None if it is not told."""
+        try:
+            return _get(self._named, {"Metadata": "true"})
+        except OSError:
+            return None
 
     def _approve(self, event_id: object) -> None:
         body = json.dumps({"StartRequests": [{"EventId": event_id}]}).encode()

@@ -8,6 +8,7 @@ import math
 import os
 import secrets
 import socket
+from collections import deque
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
     from resumable_trainer.snapshot.retention import Retention
 
 _MAX_EVENTS_BYTES = 32 << 20
+_COSTS = 50
 _MAX_BYTES = 1 << 20  # of run.json, which is written once and says who the run is
 
 
@@ -147,6 +149,18 @@ def lost_snapshots(directory: Path) -> list[str]:
 def interruptions(directory: Path) -> Interruptions:
     """What the run's events tell of its interruptions; reads all of them."""
     return interval.seen_in(read_rows(directory / EVENTS))
+
+
+def snapshot_costs(directory: Path) -> list[float]:
+    """Seconds from capture to durable of the newest snapshots, earlier launches included, as far as can be read."""
+    costs: deque[float] = deque(maxlen=_COSTS)
+    try:
+        for row in read_rows(directory / EVENTS):
+            if row.get("event") == "committed" and isinstance(row.get("seconds"), float):
+                costs.append(row["seconds"] + (row.get("stall_seconds") or 0.0))
+    except (OSError, ValueError, TypeError):
+        pass  # what was read before a damaged line is as good
+    return list(costs)
 
 
 def heartbeat(manager: StateManager) -> Heartbeat:

@@ -13,7 +13,7 @@ import os
 import time
 from dataclasses import asdict, replace
 from itertools import chain, islice
-from math import inf, isfinite
+from math import isfinite
 from typing import TYPE_CHECKING, Any, Literal, NoReturn, Self
 
 from resumable_trainer.data.randomness import switching
@@ -30,7 +30,7 @@ from resumable_trainer.errors import (
     Stopped,
     UsageError,
 )
-from resumable_trainer.loop import clouds, identity, launch, opening, screen
+from resumable_trainer.loop import clouds, deadline, identity, launch, opening, screen
 from resumable_trainer.loop.cursor import BatchLoop, Cursor
 from resumable_trainer.loop.divergence import OnDivergence, blamed, stretches
 from resumable_trainer.loop.held import HeldState
@@ -235,6 +235,7 @@ class Run:
         notices.may_break = lambda: not switching.now
         sources = clouds.found_here(os.environ) if self._probe is None else []
         if sources:
+            self._manager.costs.extend(opening.snapshot_costs(self.directory))
             self._clouds = clouds.Watch(
                 sources,
                 tell=self._asked,
@@ -242,19 +243,13 @@ class Run:
                 say=lambda line: self._screen.say([line]),
             )
 
-    def _asked(self, asked: clouds.Asked, deadline: float | None) -> None:
+    def _asked(self, asked: clouds.Asked, end: float | None) -> None:
         self._told_when_saved = asked.saved or self._told_when_saved
-        notices.ask(leave=asked.leave, source=asked.source, deadline=deadline)
+        notices.ask(leave=asked.leave, source=asked.source, deadline=end)
 
     def _seconds_needed(self) -> float:
-        """How long before its end a machine must be left: to finish a batch, to save, and something to spare.
-
-        At least half a minute: what clouds promise is their best effort, so of so little nothing is spent on training.
-        """
-        costs = sorted(self._manager.costs)
-        if not costs:
-            return inf  # nothing is known yet: at once
-        return max(30.0, 5.0 + 2 * costs[int(0.95 * (len(costs) - 1))] + self._heart.longest_seconds)
+        """How long before its end a machine must be left."""
+        return deadline.seconds_needed(list(self._manager.costs), self._heart.longest_seconds)
 
     def _resume(self, found: RestoreReport) -> None:
         """Restore the chosen snapshot, and say what was found."""

@@ -54,6 +54,7 @@ TORCH_FREE = [
     "metrics.early_stopping",
     "metrics.history",
     "metrics.plot",
+    "loop.deadline",
     "loop.launch",
     "loop.notices",
     "loop.probe",

@@ -22,6 +22,7 @@ class Metadata:
         self.rebalance: str | None = None
         self.preempted = "FALSE"
         self.changed = threading.Event()
+        self.name: str | None = None  # of the machine, as Azure calls it
         self.events: Any = {"DocumentIncarnation": 1, "Events": []}
         self.refused: list[str] = []
         self.approved: list[str] = []
@@ -79,6 +80,8 @@ class Handler(BaseHTTPRequestHandler):
             if self.headers["Metadata"] != "true" or "api-version=" not in self.path:
                 return self.answer(400)
             return self.answer(200, it.events if isinstance(it.events, str) else json.dumps(it.events))
+        if path == "/metadata/instance/compute/name" and it.name is not None and self.headers["Metadata"] == "true":
+            return self.answer(200, it.name)
         return self.answer(404)
 
 

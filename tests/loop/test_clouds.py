@@ -91,6 +91,17 @@ def test_azure_tells_of_events_of_this_machine_alone(served: tuple[str, Metadata
     assert asked.seconds_left == 30
 
 
+def test_azure_calls_a_machine_by_another_name_than_it_calls_itself(served: tuple[str, Metadata]) -> None:
+    host, metadata = served
+    metadata.name = "vmss_7"
+    azure = Azure(f"http://{host}", "vmss000007")
+    event = {"EventId": "x", "EventType": "Preempt", "EventStatus": "Scheduled", "NotBefore": ""}
+    metadata.events = {"DocumentIncarnation": 2, "Events": [{**event, "Resources": ["vmss_6"]}]}
+    assert azure.ask() is None
+    metadata.events = {"DocumentIncarnation": 3, "Events": [{**event, "Resources": ["vmss_7"]}]}
+    assert azure.ask() is not None
+
+
 def test_slurm_tells_the_end_of_the_job() -> None:
     asked = Slurm(time.time() + 500).ask()
     assert asked is not None

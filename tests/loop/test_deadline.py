@@ -1,0 +1,70 @@
+"""How long before the end a run is left."""
+
+from __future__ import annotations
+
+import math
+import os
+import subprocess
+import sys
+import time
+from typing import TYPE_CHECKING
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from resumable_trainer.loop import opening
+from resumable_trainer.loop.deadline import UNKNOWN_SECONDS, percentile_95, seconds_needed
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+seconds = st.floats(0, 1e5)
+JOB = """
+import torch
+from resumable_trainer import Run
+
+model = torch.nn.Linear(2, 1)
+with Run("run", state={"model": model}) as run:
+    for _ in run.epochs(2):
+        for (inputs,) in run.batches((torch.ones(400, 2),), batch_size=1):
+            model(inputs)
+"""
+
+
+@given(st.lists(seconds), seconds)
+def test_what_is_needed_is_finite_and_covers_a_snapshot_and_a_batch(costs: list[float], silence: float) -> None:
+    needed = seconds_needed(costs, silence)
+    assert math.isfinite(needed)
+    assert needed >= silence + (percentile_95(costs) if costs else UNKNOWN_SECONDS)
+
+
+@given(st.lists(seconds, min_size=1), st.lists(seconds), seconds)
+def test_slower_snapshots_never_need_less(costs: list[float], more: list[float], silence: float) -> None:
+    slower = [*costs, *(max(costs) + extra for extra in more)]
+    assert seconds_needed(slower, silence) >= seconds_needed(costs, silence)
+
+
+def test_one_slow_snapshot_of_twenty_is_left_out_and_two_are_not() -> None:
+    assert percentile_95([1.0] * 19 + [9.0]) == 1.0
+    assert percentile_95([1.0] * 18 + [9.0] * 2) == 9.0
+
+
+def test_a_job_whose_end_is_a_day_away_trains(tmp_path: Path) -> None:
+    """Nothing is known of its snapshots yet: that is no reason to leave."""
+    (tmp_path / "job.py").write_text(JOB)
+    environment = {**os.environ, "RESUMABLE_TRAINER_NOTICES": "slurm"}
+    environment["SLURM_JOB_END_TIME"] = str(int(time.time()) + 86400)
+    done = subprocess.run(
+        [sys.executable, "job.py"], cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert "finished: 2 epochs" in done.stderr
+    costs = opening.snapshot_costs(tmp_path / "run")
+    assert len(costs) == 2
+    assert all(cost > 0 for cost in costs)
+
+
+def test_events_that_cannot_be_read_tell_of_no_costs(tmp_path: Path) -> None:
+    assert opening.snapshot_costs(tmp_path) == []
+    (tmp_path / "events.jsonl").write_text('{"event":"committed","seconds":"x","stall_seconds":null}\nno json\n')
+    assert opening.snapshot_costs(tmp_path) == []
