@@ -77,20 +77,22 @@ def isolated_generators(*generators: Any, seed: int | None = None) -> Iterator[N
     python, cpu = random.getstate(), torch.default_generator.get_state()
     own = [(generator, _get(generator)) for generator in generators]
     switching.now = True
-    with numpy_kept() if seed is None else numpy_apart():
-        try:
-            if seed is not None:
-                seed_all(seed)
-                seed_generators(generators, seed)
-            switching.now = False
-            yield
-        finally:
-            switching.now = True
-            random.setstate(python)
-            torch.default_generator.set_state(cpu)
-            for generator, state in own:
-                _set(generator, state)
-    switching.now = False
+    try:
+        with numpy_kept() if seed is None else numpy_apart():
+            try:
+                if seed is not None:
+                    seed_all(seed)
+                    seed_generators(generators, seed)
+                switching.now = False
+                yield
+            finally:
+                switching.now = True
+                random.setstate(python)
+                torch.default_generator.set_state(cpu)
+                for generator, state in own:
+                    _set(generator, state)
+    finally:
+        switching.now = False
 
 
 def each_apart(items: Iterable[Any], seed: int, *generators: Any, first: int = 0) -> Iterator[Any]:

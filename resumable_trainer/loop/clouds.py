@@ -11,6 +11,7 @@ Rules and forms: AWS "Spot Instance interruption notices" (IMDSv2), Google "Pree
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import email.utils
 import json
@@ -332,7 +333,10 @@ class Watch:
             deadline = time.monotonic() + asked.seconds_left
             spare = asked.seconds_left - self._needed()
             if spare > 1:
-                self._say(f"notice  {asked.source} in {asked.seconds_left:.0f} s; training goes on for {spare:.0f} s")
+                with contextlib.suppress(OSError, ValueError):  # a screen that is gone must not lose the notice
+                    self._say(
+                        f"notice  {asked.source} in {asked.seconds_left:.0f} s; training goes on for {spare:.0f} s"
+                    )
             while (spare := deadline - time.monotonic() - self._needed()) > 0:
                 if self._stopped.wait(min(spare, 0.5)):
                     return

@@ -10,6 +10,7 @@ import secrets
 import socket
 from collections import deque
 from dataclasses import asdict, replace
+from os import getpid
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -96,7 +97,7 @@ def note_launch(manager: StateManager, command: Command, retention: Retention) -
         "launched",
         command=recorded,
         directory=str(launch.named_directory(manager.directory)),
-        pid=os.getpid(),
+        pid=getpid(),
         host=socket.gethostname(),
         versions=identity.versions(),
         retention=asdict(retention),

@@ -11,6 +11,8 @@ import time
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+from resumable_trainer.loop.journal_lines import marked, priority
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
@@ -54,7 +56,7 @@ class Progress:
             if self._style == "bar":
                 _bars().write(line, file=sys.stderr)
             else:
-                print(line, file=sys.stderr, flush=True)  # noqa: T201 - this is the program's screen
+                print(marked(line, priority(line)), file=sys.stderr, flush=True)  # noqa: T201 - the program's screen
 
     def begin_epochs(self, total: int, done: int) -> None:
         """The loop over epochs begins, `done` of `total` lie behind."""
