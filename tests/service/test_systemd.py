@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 
     from sandbox import Sandbox
 
+pytestmark = pytest.mark.timeout(300)  # systemd waits before it restarts
+
 JOB = """
 import os, sys, threading, time
 import torch
