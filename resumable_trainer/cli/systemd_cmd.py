@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from resumable_trainer.cli.output import run_directory
+from resumable_trainer.cli.recorded import recorded_command
 from resumable_trainer.durable.files import Files, remove_tree, write_replacing
-from resumable_trainer.errors import NotFoundError, SettingsError, UsageError
+from resumable_trainer.errors import SettingsError, UsageError
 from resumable_trainer.loop import launch
 from resumable_trainer.service import systemd
 from resumable_trainer.service.systemd import Plan
@@ -39,19 +40,13 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _plan(directory: Path, args: argparse.Namespace) -> Plan:
-    recorded = launch.recorded_start(directory)
-    if recorded is None:
-        raise NotFoundError(
-            f"{directory} does not say which command started it",
-            path=directory,
-            hint="start its script once, with: resumable-trainer run SCRIPT.py",
-        )
+    command = recorded_command(directory)
     owner = pwd.getpwuid(directory.stat().st_uid)
     home = Path(owner.pw_dir)
-    writable = [Path(recorded.command.cwd), directory, home / ".cache" / "resumable_trainer"]
+    writable = [Path(command.cwd), directory, home / ".cache" / "resumable_trainer"]
     return Plan(
         directory=directory,
-        python=recorded.command.python,
+        python=command.python,
         writable=list(dict.fromkeys(writable)),
         user=None if args.user else owner.pw_name,
         strict=args.strict,

@@ -8,11 +8,12 @@ gives terms of higher order, which matter only where C is not small against M). 
 
 from __future__ import annotations
 
-import datetime
 from collections import deque
 from dataclasses import dataclass
 from math import inf, sqrt
 from typing import TYPE_CHECKING, Any
+
+from resumable_trainer.metrics.goodput import duration, seconds_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
@@ -63,16 +64,16 @@ def seen_in(events: Iterable[Mapping[str, Any]]) -> Interruptions:
     """The interruptions that a run's events tell of: launches that were followed by another before the run's end."""
     number, seconds = 0, 0.0
     stalls: deque[float] = deque(maxlen=REMEMBERED)
-    began: datetime.datetime | None = None
-    newest: datetime.datetime | None = None
+    began: float | None = None
+    newest: float | None = None
     ended = True
     for event in events:
-        kind, at = event.get("event"), _time(event)
+        kind, at = event.get("event"), seconds_of(event.get("time"))
         if at is None:
             continue
         if kind == "launched":
             if began is not None and newest is not None:
-                seconds += max(0.0, (newest - began).total_seconds())
+                seconds += max(0.0, newest - began)
                 number += not ended
             began, ended = at, False
         elif kind in ("finished", "interrupted") or (kind == "exited" and event.get("code") == 0):
@@ -81,19 +82,3 @@ def seen_in(events: Iterable[Mapping[str, Any]]) -> Interruptions:
             stalls.append(stall)
         newest = at
     return Interruptions(number, seconds, tuple(stalls))
-
-
-def _time(event: Mapping[str, Any]) -> datetime.datetime | None:
-    try:
-        at = datetime.datetime.fromisoformat(str(event.get("time")))
-    except ValueError:
-        return None
-    return at if at.tzinfo is not None else None
-
-
-def duration(seconds: float) -> str:
-    """Seconds in a unit that fits."""
-    for size, unit in ((86400.0, "days"), (3600.0, "h"), (60.0, "min")):
-        if seconds >= 2 * size:
-            return f"{seconds / size:.1f} {unit}"
-    return f"{seconds:.1f} s" if seconds >= 1 else f"{seconds * 1000:.1f} ms"

@@ -8,7 +8,8 @@ import torch
 
 from resumable_trainer.errors import ExitCode
 from resumable_trainer.loop.divergence import in_words
-from resumable_trainer.loop.interval import FIRST_SECONDS, duration
+from resumable_trainer.loop.interval import FIRST_SECONDS
+from resumable_trainer.metrics.goodput import duration
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence

@@ -274,10 +274,10 @@ def in_words(goodput: Goodput) -> str:
     """One line for people."""
     if goodput.share is None:
         return "nothing to account for yet"
-    text = f"{goodput.share:.1%} of {_duration(goodput.wall_seconds)} moved the run forward"
+    text = f"{goodput.share:.1%} of {duration(goodput.wall_seconds)} moved the run forward"
     lost = [(seconds, kind) for kind, seconds in goodput.seconds.items() if kind != "training" and seconds >= 0.05]
     if lost:
-        text += " | " + ", ".join(f"{kind} {_duration(seconds)}" for seconds, kind in sorted(lost, reverse=True))
+        text += " | " + ", ".join(f"{kind} {duration(seconds)}" for seconds, kind in sorted(lost, reverse=True))
     ends = [f"{number} {kind}" for kind, number in goodput.interruptions.items()]
     ends += [f"{goodput.rollbacks} rolled back"] if goodput.rollbacks else []
     if ends:
@@ -287,8 +287,9 @@ def in_words(goodput: Goodput) -> str:
     return text
 
 
-def _duration(seconds: float) -> str:
+def duration(seconds: float) -> str:
+    """Seconds in a unit that fits."""
     for size, unit in ((86400.0, "days"), (3600.0, "h"), (60.0, "min")):
         if seconds >= 2 * size:
             return f"{seconds / size:.1f} {unit}"
-    return f"{seconds:.1f} s"
+    return f"{seconds:.1f} s" if seconds >= 1 else f"{seconds * 1000:.1f} ms"

@@ -4,20 +4,18 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from resumable_trainer.durable.journal import read_rows
-from resumable_trainer.snapshot.layout import EVENTS
+from resumable_trainer.loop.divergence import in_words as skips_in_words
 
 if TYPE_CHECKING:
-    from pathlib import Path
+    from collections.abc import Iterable, Mapping
 
 _FIELDS = ("step", "epoch", "batch", "name", "value", "action", "back_to", "skip")
 
 
-def divergences(directory: Path) -> list[dict[str, Any]]:
+def divergences(events: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """Each divergence once, the newest last; a run that was killed finds the same one again."""
-    path = directory / EVENTS
     found: dict[str, dict[str, Any]] = {}
-    for row in read_rows(path) if path.exists() else ():
+    for row in events:
         if row.get("event") == "diverged":
             fields = {name: row.get(name) for name in _FIELDS}
             key = str([fields[name] for name in ("step", "epoch", "batch", "action", "skip")])
@@ -36,9 +34,7 @@ def in_words(divergence: dict[str, Any]) -> str:
 
 def _left_out(skip: Any) -> str:
     try:
-        pieces = [(int(epoch) + 1, int(first), int(last)) for epoch, first, last in skip]
+        pieces = [(int(epoch), int(first), int(last)) for epoch, first, last in skip]
     except (TypeError, ValueError, OverflowError):
         return "nothing that can be read"
-    return ", ".join(
-        f"epoch {epoch} batch {first}" + (f" to {last}" if last != first else "") for epoch, first, last in pieces
-    )
+    return skips_in_words(pieces)

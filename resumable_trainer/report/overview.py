@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import os
-import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from resumable_trainer.durable.files import TEMPORARY_PREFIX
-from resumable_trainer.durable.journal import read_rows
 from resumable_trainer.durable.lock import is_alive, read_owner
 from resumable_trainer.errors import DamagedSnapshotError, SnapshotGoneError
-from resumable_trainer.metrics import goodput
-from resumable_trainer.report.summary import is_run
-from resumable_trainer.snapshot.layout import EVENTS, RUN_LOCK
+from resumable_trainer.report.summary import events_of, goodput_of, is_run, place_of, state_at_rest
+from resumable_trainer.snapshot.layout import RUN_LOCK
 from resumable_trainer.snapshot.store import Store
 
 if TYPE_CHECKING:
@@ -47,16 +44,10 @@ class Line:
 
     def to_json(self) -> dict[str, Any]:
         """One object of `runs --json`."""
-        at = self.newest.position if self.newest else None
-        best = self.newest.best if self.newest else None
         return {
             "run_dir": str(self.directory),
             "state": self.state,
-            "step": at.step if at else 0,
-            "epoch": at.epoch if at else 0,
-            "batch": at.batch if at else 0,
-            "best": None if best is None else best.model_dump(),
-            "latest": self.newest.name if self.newest else None,
+            **place_of(self.newest),
             "saved": self.newest.created if self.newest else None,
             "holder": None if self.holder is None else {"pid": self.holder.pid, "host": self.holder.host},
             "goodput": None if self.goodput is None else self.goodput.to_json(),
@@ -88,12 +79,11 @@ def _line(directory: Path) -> Line:
         owner = read_owner(directory / RUN_LOCK)
         holder = owner if owner is not None and is_alive(owner) is not False else None
         newest = _newest(directory)
-        rows = list(read_rows(directory / EVENTS)) if (directory / EVENTS).exists() else []
+        rows = events_of(directory)
     except (OSError, ValueError):
         return Line(directory, "unreadable")
-    seen = None if owner is None else goodput.seconds_of(owner.seen)
-    account = goodput.account(rows, now=time.time() if holder is not None else None, seen=seen)
-    state = "running" if holder is not None else _state_at_rest(rows, newest)
+    account = goodput_of(rows, owner, is_running=holder is not None)
+    state = "running" if holder is not None else state_at_rest(rows, newest)
     return Line(directory, state, newest, holder, account)
 
 
@@ -105,15 +95,3 @@ def _newest(directory: Path) -> Manifest | None:
         except (DamagedSnapshotError, SnapshotGoneError):
             continue
     return None
-
-
-def _state_at_rest(rows: list[dict[str, Any]], newest: Manifest | None) -> str:
-    for row in reversed(rows):
-        event = row.get("event")
-        if event == "launched":
-            break
-        if event == "failed":
-            return "failed"
-        if event == "finished":
-            return str(row.get("outcome"))
-    return newest.outcome if newest is not None and newest.outcome is not None else "interrupted"

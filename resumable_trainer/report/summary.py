@@ -21,7 +21,7 @@ from resumable_trainer.snapshot.layout import EVENTS, RUN_JSON, RUN_LOCK, SNAPSH
 from resumable_trainer.snapshot.store import Store
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
     from resumable_trainer.metrics.goodput import Goodput
     from resumable_trainer.snapshot.manifest import Manifest
@@ -231,17 +231,11 @@ class RunSummary:
 
     def to_json(self) -> dict[str, Any]:
         """The object of `status --json`."""
-        at = self.newest.position if self.newest else None
-        best = self.newest.best if self.newest else None
         holder = self.holder
         return {
             "run_dir": str(self.directory),
             "state": self.state,
-            "step": at.step if at else 0,
-            "epoch": at.epoch if at else 0,
-            "batch": at.batch if at else 0,
-            "best": None if best is None else best.model_dump(),
-            "latest": self.newest.name if self.newest else None,
+            **place_of(self.newest),
             "holder": None
             if holder is None
             else {
@@ -268,32 +262,46 @@ def summarize(directory: Path) -> RunSummary:
     require_run(directory)
     owner = read_owner(directory / RUN_LOCK)
     holder = owner if owner is not None and is_alive(owner) is not False else None
-    newest = newest_valid(directory)
-    state = "running" if holder is not None else _state_at_rest(directory, newest)
-    event, diverged = last_event(directory), divergences(directory)
-    account = goodput_of(directory, owner, is_running=holder is not None)
-    return RunSummary(directory, state, newest, holder, event, origin(directory), diverged, account)
+    newest, rows = newest_valid(directory), events_of(directory)
+    state = "running" if holder is not None else state_at_rest(rows, newest)
+    event = rows[-1] if rows else None
+    account = goodput_of(rows, owner, is_running=holder is not None)
+    return RunSummary(directory, state, newest, holder, event, origin(directory), divergences(rows), account)
 
 
-def goodput_of(directory: Path, owner: Owner | None, *, is_running: bool) -> Goodput:
-    """Where the run's time went."""
+def events_of(directory: Path) -> list[dict[str, Any]]:
+    """All events of a run, oldest first."""
     path = directory / EVENTS
-    rows = read_rows(path) if path.exists() else iter(())
+    return list(read_rows(path)) if path.exists() else []
+
+
+def goodput_of(events: Sequence[Mapping[str, Any]], owner: Owner | None, *, is_running: bool) -> Goodput:
+    """Where a run's time went."""
     seen = None if owner is None else goodput.seconds_of(owner.seen)
-    return goodput.account(rows, now=time.time() if is_running else None, seen=seen)
+    return goodput.account(events, now=time.time() if is_running else None, seen=seen)
 
 
-def _state_at_rest(directory: Path, newest: Manifest | None) -> str:
+def state_at_rest(events: Sequence[Mapping[str, Any]], newest: Manifest | None) -> str:
     """The state of a run that nobody holds: the newest snapshot's outcome, or how the last launch ended."""
-    last: dict[str, Any] = {}
-    path = directory / EVENTS
-    for row in read_rows(path) if path.exists() else ():
-        if row.get("event") == "launched":
-            last = {}
-        elif row.get("event") in ("failed", "finished"):
-            last = row
-    if last.get("event") == "failed":
-        return "failed"
-    if last.get("event") == "finished":
-        return str(last.get("outcome"))
+    for row in reversed(events):
+        event = row.get("event")
+        if event == "launched":
+            break
+        if event == "failed":
+            return "failed"
+        if event == "finished":
+            return str(row.get("outcome"))
     return newest.outcome if newest is not None and newest.outcome is not None else "interrupted"
+
+
+def place_of(newest: Manifest | None) -> dict[str, Any]:
+    """Where a run stands, as fields of an object for programs."""
+    at = newest.position if newest else None
+    best = newest.best if newest else None
+    return {
+        "step": at.step if at else 0,
+        "epoch": at.epoch if at else 0,
+        "batch": at.batch if at else 0,
+        "best": None if best is None else best.model_dump(),
+        "latest": newest.name if newest else None,
+    }

@@ -85,11 +85,6 @@ def error_in(directory: Path) -> str:
     return str(failed.get("error", "")).partition("\n")[0][:200]
 
 
-def has_said_its_end(directory: Path) -> bool:
-    """Whether the newest launch's process has noted how it ended."""
-    return bool(last_of(directory, ("exited",)))
-
-
 def has_begun(directory: Path) -> bool:
     """Whether the newest launch has got beyond choosing where to begin."""
     return bool(last_of(directory, _BEYOND_START))

@@ -149,8 +149,7 @@ class Supervisor:
             baseline = Standing({path: order for path, order in before.durable.items() if path not in new}, {})
         self._has_begun |= any(map(progress.has_begun, mine))
         for directory in mine:
-            if hung or not progress.has_said_its_end(directory):
-                launch.note_ended(directory, by="supervisor", **_result(code, hung=hung))
+            launch.note_ended(directory, by="supervisor", **_result(code, hung=hung))
         error = next(filter(None, map(progress.error_in, mine)), "") if code > 0 else ""
         ending = Ending(code, after.is_further_than(baseline), after.step, error, hung)
         if hung or code < 0:

@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from small import Killed, Small, killed_at
 
 from resumable_trainer import SettingsError, SnapshotPolicy
-from resumable_trainer.loop.interval import ASSUMED_SECONDS, Interruptions, duration, interval_seconds, seen_in
+from resumable_trainer.loop.interval import ASSUMED_SECONDS, Interruptions, interval_seconds, seen_in
+from resumable_trainer.metrics.goodput import duration
 
 if TYPE_CHECKING:
     from pathlib import Path
