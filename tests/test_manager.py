@@ -24,6 +24,7 @@ from resumable_trainer import (
     UsageError,
 )
 from resumable_trainer.durable.files import Files
+from resumable_trainer.durable.journal import read_rows
 from resumable_trainer.durable.lock import RunLock
 from resumable_trainer.loop import launch
 from resumable_trainer.manager import Facts
@@ -570,6 +571,20 @@ def test_the_event_of_a_commit_tells_the_bytes_that_were_written(tmp_path: Path)
     event = launch.last_events(tmp_path / "run", ("committed",))["committed"]
     written = [path for path in (tmp_path / "run/snapshots/step-000000001").iterdir() if path.name != "manifest.json"]
     assert event["bytes"] == sum(path.stat().st_size for path in written)
+
+
+def test_whoever_listens_is_told_each_event_after_it_was_written(tmp_path: Path) -> None:
+    told: list[tuple[Path, Any]] = []
+
+    def listen(directory: Path, row: Any) -> None:
+        assert list(read_rows(directory / "events.jsonl"))[-1] == row
+        told.append((directory, row["event"]))
+
+    with StateManager(tmp_path / "run", state=parts()) as manager:
+        manager.on_event = listen
+        manager.note("training", step=0)
+        manager.snapshot(epoch=0, batch=1, step=1, background=False)
+    assert told == [(manager.directory, "training"), (manager.directory, "committed")]
 
 
 def test_memory_that_is_staged_into_is_used_again_and_only_when_the_snapshot_in_it_is_durable(tmp_path: Path) -> None:
