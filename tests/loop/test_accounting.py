@@ -9,9 +9,9 @@ import pytest
 from small import Killed, Small, killed_at
 
 from resumable_trainer import SnapshotPolicy
-from resumable_trainer.durable.journal import read_rows
+from resumable_trainer.durable.journal import encode_row, read_rows
 from resumable_trainer.loop import accounting, launch
-from resumable_trainer.metrics.account import NOTED, Account
+from resumable_trainer.metrics.account import NOTED, Account, newest_noted
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -52,6 +52,20 @@ def test_who_listens_is_told_of_everything_all_the_same(tmp_path: Path) -> None:
     train(tmp_path, steps=20)
     assert told == [row["event"] for row in read_rows(tmp_path / "events.jsonl")]
     assert NOTED in told
+
+
+def test_what_is_noted_while_the_account_is_read_counts_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "events.jsonl"
+
+    def meanwhile(path: Path) -> tuple[Account, int]:
+        with path.open("ab") as file:
+            file.write(encode_row({"event": "launched", "time": "2026-01-01T00:00:00+00:00"}))
+        return newest_noted(path)
+
+    monkeypatch.setattr(accounting, "newest_noted", meanwhile)
+    train(tmp_path, steps=20)
+    launches = sum(row["event"] == "launched" for row in read_rows(path))
+    assert 1 < launches == Account.read(path).goodput().launches
 
 
 def test_damaged_events_are_no_reason_to_stop(tmp_path: Path) -> None:
