@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import datetime
 import json
-import math
 import os
 import secrets
 import socket
@@ -28,8 +27,6 @@ from resumable_trainer.snapshot.layout import EVENTS, METRICS, QUARANTINE, RUN_J
 from resumable_trainer.state import generators
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
-
     from resumable_trainer.loop.interval import Interruptions
     from resumable_trainer.loop.launch import Command
     from resumable_trainer.loop.record import Record
@@ -251,14 +248,3 @@ def _free(parent: Path, name: str) -> Path:
     while path.exists():
         path, number = parent / f"{name}.{number}", number + 1
     return path
-
-
-def json_values(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Plain values with NaN and infinities as words, as they come back from a manifest."""
-    return {name: _word(value) for name, value in values.items()}
-
-
-def _word(value: Any) -> Any:
-    if isinstance(value, float) and not math.isfinite(value):
-        return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
-    return value

@@ -477,7 +477,7 @@ with Run(sys.argv[1], state={"model": model, "optimizer": optimizer}, progress=F
         for x in run.batches(data, batch_size=10, shuffle=True):
             optimizer.zero_grad(); loss = model(x + torch.randn(())).pow(2).mean(); loss.backward(); optimizer.step()
             run.log(loss=loss)
-        writing = run._manager._dictation._scribe
+        writing = run._keeper.manager._dictation._scribe
         if writing is not None and epoch > 2:
             while not writing.is_ready(): time.sleep(0.01)
             print(writing._process.pid, flush=True)
