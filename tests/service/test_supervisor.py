@@ -15,7 +15,8 @@ from resumable_trainer.service.budget import Limits
 from resumable_trainer.service.supervisor import Supervisor, Training
 
 SUPERVISE = """
-import sys
+import signal, sys
+signal.signal(signal.SIGHUP, signal.SIG_DFL)  # these tests may run under nohup
 from resumable_trainer.service.budget import Limits
 from resumable_trainer.service.supervisor import Supervisor, Training
 hang = float(sys.argv[1]) or None
