@@ -7,7 +7,6 @@ import json
 import os
 import secrets
 import socket
-from collections import deque
 from dataclasses import asdict, replace
 from os import getpid
 from pathlib import Path
@@ -137,11 +136,10 @@ def start_afresh(record: Record, seed: int) -> None:
 
 def lost_snapshots(directory: Path) -> list[str]:
     """One line if snapshots were committed here and none is left; a run never starts over silently."""
-    events = launch.last_events(directory, ("committed", "set_aside"))
-    if "committed" not in events or "set_aside" in events:
+    newest = next(launch.events_from_end(directory, ("committed", "set_aside")), None)
+    if newest is None or newest["event"] == "set_aside":
         return []
-    name = events["committed"]["snapshot"]
-    return [f"warning {name} was committed here and is gone, with all others: starting over from nothing"]
+    return [f"warning {newest['snapshot']} was committed here and is gone, with all others: starting over from nothing"]
 
 
 def interruptions(directory: Path) -> Interruptions:
@@ -151,21 +149,23 @@ def interruptions(directory: Path) -> Interruptions:
 
 def snapshot_costs(directory: Path) -> list[float]:
     """Seconds from capture to durable of the newest snapshots, earlier launches included, as far as can be read."""
-    costs: deque[float] = deque(maxlen=_COSTS)
+    costs: list[float] = []
     try:
-        for row in read_rows(directory / EVENTS):
-            if row.get("event") == "committed" and isinstance(row.get("seconds"), float):
+        for row in launch.events_from_end(directory, ("committed",)):
+            if len(costs) == _COSTS:
+                break
+            if isinstance(row.get("seconds"), float):
                 costs.append(row["seconds"] + (row.get("stall_seconds") or 0.0))
     except (OSError, ValueError, TypeError):
-        pass  # what was read before a damaged line is as good
-    return list(costs)
+        pass  # what is newer than a damaged line is as good
+    return costs[::-1]
 
 
 def heartbeat(manager: StateManager) -> Heartbeat:
     """The signs of life of this run, with what earlier launches have learned of its pace."""
     if not os.environ.get("NOTIFY_SOCKET"):
         return Heartbeat(None)
-    gap = launch.last_events(manager.directory, ("paced",)).get("paced", {}).get("longest_gap_seconds")
+    gap = next(launch.events_from_end(manager.directory, ("paced",)), {}).get("longest_gap_seconds")
     return Heartbeat.of_process(
         os.environ,
         longest_gap_seconds=float(gap) if isinstance(gap, int | float) and 0 < gap < 1e6 else None,

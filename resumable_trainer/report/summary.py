@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from resumable_trainer.durable.digest import reading
 from resumable_trainer.durable.files import TEMPORARY_PREFIX
-from resumable_trainer.durable.journal import read_rows
+from resumable_trainer.durable.journal import read_rows, read_rows_from_end
 from resumable_trainer.durable.lock import Owner, is_alive, read_owner
 from resumable_trainer.errors import DamagedSnapshotError, NotFoundError, SnapshotGoneError
 from resumable_trainer.metrics import goodput
@@ -120,11 +120,8 @@ def most_recent(root: Path = DEFAULT_ROOT) -> Path:
 def last_event(directory: Path, *, passing_over: Sequence[str] = ()) -> dict[str, Any] | None:
     """The newest event of a run, of other kinds than those passed over."""
     path = directory / EVENTS
-    last = None
-    for row in read_rows(path) if path.exists() else ():
-        if row.get("event") not in passing_over:
-            last = row
-    return last
+    rows = read_rows_from_end(path) if path.exists() else ()
+    return next((row for row in rows if row.get("event") not in passing_over), None)
 
 
 def origin(directory: Path) -> dict[str, Any]:

@@ -31,8 +31,6 @@ class Liveness:
     limit_seconds: float | None
     started: float
     status: str = ""
-    is_ready: bool = False
-    is_stopping: bool = False
     deadline: float | None = field(init=False)
 
     def __post_init__(self) -> None:
@@ -47,8 +45,6 @@ class Liveness:
         if learned:
             self.limit_seconds = learned
         self.status = message.get("STATUS", self.status)
-        self.is_ready |= message.get("READY") == "1"
-        self.is_stopping |= message.get("STOPPING") == "1"
         if learned or any(message.get(word) == "1" for word in ("READY", "WATCHDOG", "STOPPING")):
             self.deadline = now + self.limit_seconds
         extended = _microseconds(message.get("EXTEND_TIMEOUT_USEC"))
