@@ -117,10 +117,7 @@ def _answer(response: http.client.HTTPResponse) -> Answer | None:
         return None
     if not 200 <= response.status < 300:
         raise RefusedError(response.status, response.reason[:60])
-    body = response.read(_MAX_BYTES + 1)
-    if len(body) > _MAX_BYTES:
-        raise ValueError(f"the answer is longer than {_MAX_BYTES} bytes")
-    return Answer(body.decode("utf-8", "replace"), response.getheader("ETag", ""))
+    return Answer(response.read(_MAX_BYTES).decode("utf-8", "replace"), response.getheader("ETag", ""))
 
 
 class _InTime(io.RawIOBase):

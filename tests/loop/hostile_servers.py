@@ -23,6 +23,7 @@ class Hostile:
         self._elsewhere = elsewhere
         self.host = f"127.0.0.1:{self._listener.getsockname()[1]}"
         self.requests: list[bytes] = []
+        self.num_bytes = 0  # that the client has taken, without an end in sight
         self.open = 0  # connections that the client has not closed yet
         threading.Thread(target=self._serve, daemon=True).start()
 
@@ -75,6 +76,7 @@ class Hostile:
         connection.sendall(_HEAD + b"\r\n")
         while not self._over.is_set():
             connection.sendall(b"[" * 65536)
+            self.num_bytes += 65536
 
     def continues_for_ever(self, connection: socket.socket) -> None:
         while not self._over.is_set():

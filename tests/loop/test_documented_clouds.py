@@ -88,6 +88,7 @@ def test_google_tells_of_a_change_between_two_questions_at_once(served: Served) 
 def test_google_is_asked_once_a_minute_while_nothing_changes(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
     host, clouds = served
     monkeypatch.setattr("resumable_trainer.loop.cloud_sources._LONG_POLL_SECONDS", 1)
+    monkeypatch.setattr("resumable_trainer.loop.metadata_service.TIMEOUT_SECONDS", 0.5)  # of other answers
     google = Google(host)
     assert [google.ask() for _ in range(3)] == [None] * 3
     assert len(clouds.asked) == 3

@@ -90,6 +90,18 @@ def test_training_is_as_if_nobody_were_asked_and_leaves_no_thread(
         until(lambda: not watching())
         until(lambda: not server.open)
     assert len(server.requests) < 10, "none is asked without a pause"
+    assert server.num_bytes < 100 << 20, "a megabyte each, and what lies in the buffers between"
+
+
+def test_a_thread_that_waits_for_azures_first_answer_ends_with_the_watch() -> None:
+    """Which may come after two minutes."""
+    with hostile("silent") as server:
+        azure = Azure(f"http://{server.host}", "vm")
+        azure._name = "vm"
+        watch = Watch([azure], tell=lambda *_: pytest.fail("told"), seconds_needed=lambda: 0, say=pytest.fail)
+        until(lambda: server.requests)
+        watch.stop()
+        until(lambda: not watching())
 
 
 def test_a_process_ends_in_order_while_an_answer_is_waited_for(tmp_path: Path) -> None:
