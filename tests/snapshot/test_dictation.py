@@ -538,9 +538,9 @@ def test_a_run_is_the_same_with_and_without_a_scribe(tmp_path: Path, monkeypatch
                     loss.backward()
                     optimizer.step()
                     training.log(loss=loss)
-                if epoch == 3 and training._manager._saving._dictation._scribe is not None:
-                    await_scribe(training._manager)
-            assert len(training._manager.store.names()) <= 4
+                if epoch == 3 and training._keeper.manager._saving._dictation._scribe is not None:
+                    await_scribe(training._keeper.manager)
+            assert len(training._keeper.manager.store.names()) <= 4
         return directory
 
     with_scribe = run(tmp_path / "a")
