@@ -4,14 +4,17 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from resumable_trainer.cli.parsing import add_command, add_json, add_run_dir
+
 if TYPE_CHECKING:
     import argparse
 
-    Commands = argparse._SubParsersAction[argparse.ArgumentParser]
+    from resumable_trainer.cli.parsing import Commands
 
 
 def add(commands: Commands) -> None:
-    """Declare `runs`, `cron`, `slurm` and `k8s`."""
+    """Declare `systemd`, `runs`, `cron`, `slurm` and `k8s`."""
+    _add_systemd(commands)
     runs = commands.add_parser("runs", help="all runs below a directory: state, progress, best, holder, goodput")
     runs.add_argument("root", nargs="?", default="runs", metavar="ROOT", help="default: runs/")
     runs.add_argument("--json", action="store_true", help="print JSON for programs")
@@ -35,5 +38,41 @@ def add(commands: Commands) -> None:
 def _about_run(commands: Commands, name: str, actions: list[str], text: str) -> argparse.ArgumentParser:
     parser = commands.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".")
     parser.add_argument("action", choices=actions)
-    parser.add_argument("run_dir", nargs="?", metavar="RUN_DIR", help="default: the most recent run below runs/")
+    add_run_dir(parser)
     return parser
+
+
+def _add_systemd(commands: Commands) -> None:
+    parser = add_command(
+        commands,
+        "systemd",
+        "a run as a unit of systemd: started at boot, watched, restarted",
+        description="Units for a run that was started once: a template for all, and what is particular to this one.",
+        examples="resumable-trainer systemd print runs/pima\n"
+        "  sudo resumable-trainer systemd install runs/pima\n  resumable-trainer systemd install --user runs/pima",
+    )
+    actions = parser.add_subparsers(dest="action", metavar="ACTION", required=True)
+    for action, text in (
+        ("print", "show the units"),
+        ("install", "write, enable and start them"),
+        ("remove", "stop and remove them"),
+        ("ended", "note how the training ended; for the units"),
+    ):
+        _add_systemd_options(actions.add_parser(action, help=text, description=f"{text.capitalize()}."))
+
+
+def _add_systemd_options(parser: argparse.ArgumentParser) -> None:
+    add_run_dir(parser)
+    parser.add_argument("--user", action="store_true", help="units of the user manager")
+    parser.add_argument(
+        "--strict", action="store_true", help="refuse to continue if what numbers depend on has changed"
+    )
+    parser.add_argument("--no-start", action="store_true", help="install: enable it for the next boot, do not start it")
+    parser.add_argument(
+        "--hang-timeout",
+        type=int,
+        default=1800,
+        metavar="S",
+        help="silence that counts as a hang, until the pace of the run has been learned (default: 1800)",
+    )
+    add_json(parser)

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
 FLOOR_SECONDS = 30.0
+FAILURE_WORD = "X_FAILURE"  # ours: systemd passes over words with this beginning
 FLOOR_VARIABLE = "RESUMABLE_TRAINER_MIN_WATCHDOG_SECONDS"
 _TIMES_LONGEST = 10.0
 _STATUS_SECONDS = 1.0
@@ -140,6 +141,16 @@ def nothing_to_do() -> None:
     address = os.environ.get("NOTIFY_SOCKET")
     if address:
         Messenger(address)("READY=1\nSTATUS=done already, nothing to do")
+
+
+def failing(error: BaseException) -> None:
+    """The script ends by an uncaught error; of one that has opened no run nobody else can know which."""
+    address = os.environ.get("NOTIFY_SOCKET")
+    text = type(error).__name__
+    with contextlib.suppress(Exception):  # an error of the user's that cannot be shown
+        text = f"{text}: {error}".partition("\n")[0][:200]
+    if address:
+        Messenger(address)(f"STATUS=failed: {text}\n{FAILURE_WORD}={text}")
 
 
 class Messenger:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import datetime
 import json
-import math
 import os
 import secrets
 import socket
 from dataclasses import asdict, replace
 from itertools import islice
+from math import inf
 from os import getpid
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -31,8 +31,6 @@ from resumable_trainer.snapshot.layout import EVENTS, METRICS, QUARANTINE, RUN_J
 from resumable_trainer.state import generators
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
-
     from resumable_trainer.loop.launch import Command
     from resumable_trainer.loop.record import Record
     from resumable_trainer.manager import RestoreReport, StateManager
@@ -158,7 +156,7 @@ def _stalls(directory: Path) -> list[float]:
     """What the newest snapshots took from training, in seconds."""
     committed = launch.events_from_end(directory, ("committed",))
     stalls = (row.get("stall_seconds") for row in committed)
-    known = (stall for stall in stalls if isinstance(stall, float) and 0 < stall < math.inf)
+    known = (stall for stall in stalls if isinstance(stall, float) and 0 < stall < inf)
     return list(islice(known, REMEMBERED))[::-1]
 
 
@@ -260,14 +258,3 @@ def _free(parent: Path, name: str) -> Path:
     while path.exists():
         path, number = parent / f"{name}.{number}", number + 1
     return path
-
-
-def json_values(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Plain values with NaN and infinities as words, as they come back from a manifest."""
-    return {name: _word(value) for name, value in values.items()}
-
-
-def _word(value: Any) -> Any:
-    if isinstance(value, float) and not math.isfinite(value):
-        return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
-    return value

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from resumable_trainer.errors import ExitCode
+from resumable_trainer.loop import heartbeat
 from resumable_trainer.loop.notices import report_error
 
 if TYPE_CHECKING:
@@ -29,7 +30,10 @@ def run_script(command: Command) -> int:
     except SystemExit as leaving:
         return _code_of(leaving)
     except BaseException as error:  # noqa: BLE001 - the edge of the process: shown, and turned into an exit code
-        return report_error(type(error), error, error.__traceback__)
+        code = report_error(type(error), error, error.__traceback__)
+        if code not in (ExitCode.PREEMPTED, ExitCode.INTERRUPTED):
+            heartbeat.failing(error)
+        return code
     return int(ExitCode.DONE)
 
 

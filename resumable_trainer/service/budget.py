@@ -27,6 +27,8 @@ FINAL = frozenset(
     }
 )
 
+_MAX_UNOPENED = 2
+
 
 @dataclass(frozen=True)
 class Ending:
@@ -38,6 +40,7 @@ class Ending:
         step: Of the newest durable snapshot; None if there is none.
         error: What it said about its failure; empty if nothing.
         hung: Whether it was ended because it made no progress.
+        has_opened: Whether a run was ever opened, by it or before it.
     """
 
     code: int
@@ -45,6 +48,7 @@ class Ending:
     step: int | None = None
     error: str = ""
     hung: bool = False
+    has_opened: bool = True
 
     @property
     def kind(self) -> Kind:
@@ -72,7 +76,8 @@ class Limits:
     Args:
         max_failures: After failures, over the supervisor's life; None for no limit.
         max_preemptions: After preemptions; None for no limit.
-        max_stuck: After failures in a row without durable progress.
+        max_stuck: After failures in a row without durable progress; before any run was opened at most 2, as a script
+            that does not get so far is wrong rather than unlucky.
         first_wait_seconds: Before the first restart after a failure; doubled at each further one without progress.
         longest_wait_seconds: The wait grows no longer.
 
@@ -152,7 +157,8 @@ def decide(limits: Limits, spent: Spent, ending: Ending) -> Decision:
     """Whether to start again after `ending`, which `spent` counts already."""
     if ending.kind == "final":
         return Decision(None)
-    if ending.kind == "failed" and spent.stuck > limits.max_stuck:
+    max_stuck = limits.max_stuck if ending.has_opened else min(limits.max_stuck, _MAX_UNOPENED)
+    if ending.kind == "failed" and spent.stuck > max_stuck:
         return Decision(None, _why_stuck(spent, ending))
     if limits.max_failures is not None and spent.failures > limits.max_failures and ending.kind == "failed":
         return Decision(None, f"{spent.failures} failures, {limits.max_failures} are allowed; at last {ending}")
@@ -169,6 +175,7 @@ def _wait(limits: Limits, spent: Spent) -> float:
 
 def _why_stuck(spent: Spent, ending: Ending) -> str:
     where = "before the first snapshot" if ending.step is None else f"at step {ending.step}"
+    where = where if ending.has_opened else "before a run was opened"
     same = "each time the same" if len(spent.errors) == 1 else f"{len(spent.errors)} different errors, the last"
     return f"{spent.stuck} failures in a row without durable progress, {where}; {same}: {ending}"
 

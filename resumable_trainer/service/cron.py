@@ -2,19 +2,23 @@
 
 Cron's environment is nearly empty and `%` means a new line: paths are absolute, `%` is escaped. What is printed would
 be mailed, or lost: output goes to `cron.log` in the run directory, and only an ending that needs a person prints a
-line. Entries stand between marks, so that taking them out again touches nothing else.
+line; being done, preempted or killed from outside is none, as the next start goes on. Entries stand between marks, so
+that taking them out again touches nothing else.
 """
 
 from __future__ import annotations
 
 import shlex
+import signal
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from resumable_trainer.errors import SettingsError
+from resumable_trainer.errors import ExitCode, SettingsError
 
 if TYPE_CHECKING:
     from pathlib import Path
+
+_SILENT = (ExitCode.DONE, ExitCode.PREEMPTED, 128 + signal.SIGKILL, 128 + signal.SIGTERM)
 
 
 @dataclass(frozen=True)
@@ -47,9 +51,10 @@ def block(entry: Entry) -> str:
     strict = ["--strict"] if entry.strict else []
     command = [entry.python, "-m", "resumable_trainer", "resume", str(entry.directory), "--if-running", "skip"]
     log = shlex.quote(str(entry.directory / "cron.log"))
-    line = (
-        f"{shlex.join([*command, '--quiet', *strict])} >> {log} 2>&1; c=$?;"
-        f' [ $c = 0 ] || [ $c = 75 ] || echo "exit $c, see" {log}'
+    silent = "|".join(str(int(code)) for code in _SILENT)
+    line = (  # in braces, as the shell itself tells of a child that was killed
+        f"{{ {shlex.join([*command, '--quiet', *strict])}; c=$?; }} >> {log} 2>&1;"
+        f' case $c in {silent}) ;; *) echo "exit $c, see" {log};; esac'
     ).replace("%", "\\%")
     begin, end = _marks(entry.directory)
     return f"{begin}\n@reboot {line}\n*/{entry.minutes} * * * * {line}\n{end}\n"

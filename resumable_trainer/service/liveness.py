@@ -14,6 +14,8 @@ import struct
 import sys
 from dataclasses import dataclass, field
 
+from resumable_trainer.loop.heartbeat import FAILURE_WORD
+
 _CREDENTIALS = struct.Struct("3i")  # pid, uid, gid
 _MAX_BYTES = 4096
 DEFAULT_LIMIT_SECONDS = 1800.0
@@ -31,6 +33,7 @@ class Liveness:
     limit_seconds: float | None
     started: float
     status: str = ""
+    failure: str = ""  # the last words of one that failed
     deadline: float | None = field(init=False)
 
     def __post_init__(self) -> None:
@@ -45,6 +48,7 @@ class Liveness:
         if learned:
             self.limit_seconds = learned
         self.status = message.get("STATUS", self.status)
+        self.failure = message.get(FAILURE_WORD, self.failure)
         if learned or any(message.get(word) == "1" for word in ("READY", "WATCHDOG", "STOPPING")):
             self.deadline = now + self.limit_seconds
         extended = _microseconds(message.get("EXTEND_TIMEOUT_USEC"))

@@ -17,7 +17,7 @@ import os
 import select
 import signal
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from resumable_trainer.errors import ExitCode
@@ -108,12 +108,14 @@ class Supervisor:
         self._child = child = Child(argv, self._environment())
         for number in self._unsent:  # asked for while it was being started
             child.send(number)
-        hung = self._watch(child)
+        liveness = Liveness(self._hang_timeout if self._ear.address else None, time.monotonic())
+        hung = self._watch(child, liveness)
         if hung:
             child.abort(_ABORT_GRACE_SECONDS)
         code = child.reap()
         self._child = None
-        return self._judge(child.pid, code, hung=hung, before=before)
+        ending = self._judge(child.pid, code, hung=hung, before=before)
+        return replace(ending, error=ending.error or liveness.failure) if code > 0 else ending
 
     def _environment(self) -> dict[str, str]:
         environment = {**os.environ}
@@ -124,19 +126,20 @@ class Supervisor:
             environment |= {"NOTIFY_SOCKET": self._ear.address, "WATCHDOG_USEC": str(int(limit * 1e6))}
         return environment
 
-    def _watch(self, child: Child) -> bool:
+    def _watch(self, child: Child, liveness: Liveness) -> bool:
         """Wait until the child has ended, or hangs; whether it hangs."""
-        liveness = Liveness(self._hang_timeout if self._ear.address else None, time.monotonic())
-        while not child.has_ended:
+        while True:
+            has_ended = child.has_ended  # asked first: its last words are heard all the same
             for message in self._ear.messages(child.pid):
                 liveness.hear(message, time.monotonic())
+            if has_ended:
+                return False
             now = time.monotonic()
             if liveness.is_over(now):
                 limit = liveness.limit_seconds or 0.0
                 self._say(f"no sign of life for {limit:.3g} s ({liveness.status or 'no status'}): it is ended")
                 return True
             self._wait(None if liveness.deadline is None else liveness.deadline - now)
-        return False
 
     def _judge(self, pid: int, code: int, *, hung: bool, before: Standing) -> Ending:
         directories = self._training.directories()
@@ -151,7 +154,8 @@ class Supervisor:
         for directory in mine:
             launch.note_ended(directory, by="supervisor", **_result(code, hung=hung))
         error = next(filter(None, map(progress.error_in, mine)), "") if code > 0 else ""
-        ending = Ending(code, after.is_further_than(baseline), after.step, error, hung)
+        has_opened = any(after.generations.values())
+        ending = Ending(code, after.is_further_than(baseline), after.step, error, hung, has_opened)
         if hung or code < 0:
             self._tell("failing", {"reason": str(ending), "step": after.step, **_result(code, hung=hung)}, mine)
         return ending

@@ -40,6 +40,7 @@ class Handler(BaseHTTPRequestHandler):
 
     def answer(self, code: int, body: str = "") -> None:
         self.send_response(code)
+        self.send_header("ETag", f"{hash(body):x}")
         self.send_header("Content-Length", str(len(body.encode())))
         self.end_headers()
         self.wfile.write(body.encode())

@@ -18,7 +18,8 @@ import endings
 import pytest
 from metadata_servers import Metadata, serving
 
-from resumable_trainer.loop.clouds import Asked, Aws, Azure, Google, Slurm, Watch, found_here
+from resumable_trainer.loop.cloud_sources import Asked, Aws, Azure, Google, Slurm
+from resumable_trainer.loop.clouds import Watch, found_here
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -125,7 +126,7 @@ def test_a_malformed_answer_is_said_once_and_harms_nothing(served: tuple[str, Me
 
 
 def test_a_service_that_is_not_there_is_said_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("resumable_trainer.loop.clouds._TIMEOUT_SECONDS", 0.01)
+    monkeypatch.setattr("resumable_trainer.loop.clouds._AFTER_FAILURE_SECONDS", 0.01)
     said: list[str] = []
     aws = Aws("http://127.0.0.1:9")
     aws.every_seconds = 0.01

@@ -90,7 +90,7 @@ def test_a_run_that_goes_back_equals_one_that_never_saw_the_batch(tmp_path: Path
 
     class Knowing(Small):
         def train_epoch(self, run: Run) -> None:
-            run._record.watch.skips = skips  # left out from the beginning
+            run._keeper.record.watch.skips = skips  # left out from the beginning
             super().train_epoch(run)
 
     knowing = Knowing()
@@ -107,7 +107,7 @@ def test_what_the_body_and_the_samplers_moved_before_going_back_is_as_if_it_had_
 
     def train(directory: Path, known: list[tuple[int, int, int]]) -> None:
         def leave_out(run: Run) -> None:
-            run._record.watch.skips = run._record.watch.skips or known
+            run._keeper.record.watch.skips = run._keeper.record.watch.skips or known
 
         jobs.by_going_back(str(directory), at_start=leave_out)
 

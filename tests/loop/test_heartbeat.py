@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import socket
+import sys
 from typing import TYPE_CHECKING
 
 import pytest
 from small import Small
 
-from resumable_trainer.loop.heartbeat import Heartbeat, Messenger
+from resumable_trainer.loop.heartbeat import Heartbeat, Messenger, failing
+from resumable_trainer.loop.launch import Command
+from resumable_trainer.loop.script import run_script
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -128,3 +132,37 @@ def test_a_run_tells_when_it_is_ready_how_it_goes_and_that_it_leaves(
     assert "EXTEND_TIMEOUT_USEC=" in told[0]
     assert told[1] == "READY=1"
     assert "WATCHDOG_USEC=30000000\nWATCHDOG=1" in told
+
+
+class Unshown(Exception):
+    def __str__(self) -> str:
+        raise RuntimeError
+
+
+@pytest.mark.parametrize(
+    ("script", "told"),
+    [
+        ("def f(:", ["STATUS=failed: SyntaxError: invalid syntax (job.py, line 1)"]),
+        ("raise OSError('first\\nsecond')", ["STATUS=failed: OSError: first"]),
+        ("raise SystemExit(70)", []),
+        ("raise KeyboardInterrupt", []),
+        ("from resumable_trainer.errors import Preempted\nraise Preempted('gone')", []),
+    ],
+)
+def test_a_script_that_fails_says_so_and_one_that_leaves_does_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, script: str, told: list[str]
+) -> None:
+    (tmp_path / "job.py").write_text(script)
+    monkeypatch.setattr(sys, "argv", [])
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as listener:
+        listener.bind(str(tmp_path / "notify"))
+        listener.setblocking(False)
+        monkeypatch.setenv("NOTIFY_SOCKET", str(tmp_path / "notify"))
+        run_script(Command(sys.executable, str(tmp_path / "job.py"), None, (), str(tmp_path)))
+        heard = []
+        with contextlib.suppress(BlockingIOError):
+            heard.append(listener.recv(10_000).decode().splitlines()[0])
+        failing(Unshown())
+        assert listener.recv(10_000) == b"STATUS=failed: Unshown\nX_FAILURE=Unshown"
+    assert heard == told

@@ -102,7 +102,7 @@ def test_it_saves_within_an_epoch_when_the_time_has_come(tmp_path: Path) -> None
     small = Small()
 
     def later(run: Any) -> None:
-        run._saver._clock = lambda: run._clock() + next(clock)
+        run._keeper.saver._clock = lambda: run._keeper.clock() + next(clock)
 
     small.at_step = later
     small.train(tmp_path / "run", snapshots=SnapshotPolicy(every="auto", keep_last=100), epochs=1)

@@ -15,7 +15,8 @@ from resumable_trainer.service.budget import Limits
 from resumable_trainer.service.supervisor import Supervisor, Training
 
 SUPERVISE = """
-import sys
+import signal, sys
+signal.signal(signal.SIGHUP, signal.SIG_DFL)  # these tests may run under nohup
 from resumable_trainer.service.budget import Limits
 from resumable_trainer.service.supervisor import Supervisor, Training
 hang = float(sys.argv[1]) or None
@@ -77,10 +78,16 @@ def test_preemptions_failures_and_deaths_are_restarted(tmp_path: Path, end: str)
     assert lines[0].startswith("restart 1 in 0.01 s")
 
 
-def test_it_gives_up_with_the_last_code_and_the_reason() -> None:
+def test_a_script_that_opens_no_run_is_given_up_soon_with_the_last_code_and_the_reason() -> None:
     found, lines = supervise("-c", "raise SystemExit(70)")
     assert found == 70
-    assert lines[-1].startswith("gave up: 4 failures in a row without durable progress, before the first snapshot")
+    assert lines[-1].startswith("gave up: 3 failures in a row without durable progress, before a run was opened")
+
+
+def test_the_last_words_of_a_child_are_heard(tmp_path: Path) -> None:
+    script = NOTIFY + "notify('STATUS=failed: Oh: no\\nX_FAILURE=Oh: no')\nsys.exit(70 if count == 0 else 0)\n"
+    supervisor = started(tmp_path, script)
+    assert "it failed with exit code 70 (Oh: no)" in supervisor.communicate(timeout=20)[1]
 
 
 def test_a_death_by_signal_is_told_as_a_shell_does() -> None:

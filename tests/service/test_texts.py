@@ -21,24 +21,28 @@ LINES = st.lists(st.text(st.characters(exclude_categories=["Cs"], exclude_charac
 def test_cron_entries_escape_the_percent_sign_and_quote_the_path() -> None:
     text = cron.block(cron.Entry(HOSTILE, "/opt/bin/python", minutes=10))
     begin, reboot, every, end = text.splitlines()
-    assert reboot.startswith("@reboot /opt/bin/python -m resumable_trainer resume ")
-    assert every.startswith("*/10 * * * * /opt/bin/python ")
+    assert reboot.startswith("@reboot { /opt/bin/python -m resumable_trainer resume ")
+    assert every.startswith("*/10 * * * * { /opt/bin/python ")
     assert "%" not in every.replace("\\%", "")
     assert (begin[:5], end[:5]) == ("# >>>", "# <<<")
     command = every.removeprefix("*/10 * * * * ").replace("\\%", "%")
     assert subprocess.run(["sh", "-n", "-c", command], check=False).returncode == 0
 
 
-@pytest.mark.parametrize(("code", "speaks"), [(0, False), (75, False), (70, True)])
-def test_an_entry_is_silent_unless_a_person_is_needed(tmp_path: Path, code: int, speaks: bool) -> None:
+@pytest.mark.parametrize("shell", ["sh", "bash"])
+@pytest.mark.parametrize(
+    ("end", "speaks"),
+    [("exit 0", 0), ("exit 75", 0), ("kill -9 $$", 0), ("kill -15 $$", 0), ("exit 70", 70), ("kill -11 $$", 139)],
+)
+def test_an_entry_is_silent_unless_a_person_is_needed(tmp_path: Path, shell: str, end: str, speaks: int) -> None:
     python = tmp_path / "python"
-    python.write_text(f"#!/bin/sh\necho noise; echo noise >&2; exit {code}\n")
+    python.write_text(f"#!/bin/sh\necho noise; echo noise >&2; {end}\n")
     python.chmod(0o755)
     line = cron.block(cron.Entry(tmp_path, str(python))).splitlines()[2].removeprefix("*/5 * * * * ")
-    done = subprocess.run(["sh", "-c", line], capture_output=True, text=True, check=False)
-    assert bool(done.stdout) == speaks
+    done = subprocess.run([shell, "-c", line], capture_output=True, text=True, check=False)
+    assert done.stdout == (f"exit {speaks}, see {tmp_path}/cron.log\n" if speaks else "")
     assert done.stderr == ""
-    assert (tmp_path / "cron.log").read_text() == "noise\nnoise\n"
+    assert (tmp_path / "cron.log").read_text().startswith("noise\nnoise\n")
 
 
 @given(LINES, st.booleans())
