@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 _LAUNCHES = 5
 _ONE_LONG_OF = 30
+_ONE_MEDIUM_OF, _EPOCHS = 3, 200
 
 
 def lookers(bench: Bench) -> Iterator[Row]:
@@ -39,7 +40,9 @@ def lookers(bench: Bench) -> Iterator[Row]:
         "pass": ["-c", "pass"],
     }
     m = alternately([_arm(name, arguments) for name, arguments in arms.items()], rounds=bench.pick(5, 3))
-    history = f"{num_runs:,} runs, one of {_ONE_LONG_OF} after {snapshots:,} snapshots in {_LAUNCHES} launches"
+    history = (
+        f"{num_runs:,} runs, one of {_ONE_LONG_OF} after {snapshots:,} snapshots, of {_ONE_MEDIUM_OF} after {_EPOCHS}"
+    )
     note = "" if num_runs == 3000 else "the goals are for 3,000 runs: that is the full form"
     nothing = Side("python -c pass", m["pass"])
     for name, limit in (("runs", 3.0), ("runs --json", 3.0), ("runs --prometheus", 4.0)):
@@ -53,18 +56,18 @@ def _arm(name: str, arguments: list[str]) -> Any:
 
 
 def make(laps: Laps, *, root: str, num_runs: int, snapshots: int, directory: str) -> None:
-    """For a child: two runs that were trained, and links to their files for all others, which are read as often."""
+    """For a child: three runs that were trained, and links to their files for all others, which are read as often."""
     from resumable_trainer import Run
 
-    short, long = Path(directory) / "short", Path(directory) / "long"
-    for path in (short, long):
+    short, medium, long = (Path(directory) / name for name in ("short", "medium", "long"))
+    for path, epochs in ((short, 3), (medium, _EPOCHS), (long, 3)):
         with Run(path, state={"model": torch.nn.Linear(2, 1)}, progress=False) as run:
-            for epoch in run.epochs(3):
+            for epoch in run.epochs(epochs):
                 run.log_epoch(loss=float(epoch))
     for launch in range(_LAUNCHES):
         _grow_old(long, range(launch * snapshots // _LAUNCHES, (launch + 1) * snapshots // _LAUNCHES))
     for number in range(num_runs):
-        model = short if number % _ONE_LONG_OF else long
+        model = long if not number % _ONE_LONG_OF else medium if not number % _ONE_MEDIUM_OF else short
         shutil.copytree(model, Path(root) / f"run-{number:05d}", copy_function=os.link)
     laps.turn({})
 

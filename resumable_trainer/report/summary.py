@@ -14,7 +14,7 @@ from resumable_trainer.durable.files import TEMPORARY_PREFIX
 from resumable_trainer.durable.journal import read_rows_from_end
 from resumable_trainer.durable.lock import Owner, is_alive, read_owner
 from resumable_trainer.errors import DamagedSnapshotError, NotFoundError, SnapshotGoneError
-from resumable_trainer.metrics.account import Account
+from resumable_trainer.metrics.account import NOTED, Account
 from resumable_trainer.metrics.goodput import seconds_of
 from resumable_trainer.report.divergences import divergences
 from resumable_trainer.snapshot import strict_json
@@ -119,10 +119,10 @@ def most_recent(root: Path = DEFAULT_ROOT) -> Path:
 
 
 def last_event(directory: Path, *, passing_over: Sequence[str] = ()) -> dict[str, Any] | None:
-    """The newest event of a run, of other kinds than those passed over."""
+    """The newest event of a run, of other kinds than those passed over; that accounts were kept is none."""
     path = directory / EVENTS
     rows = read_rows_from_end(path) if path.exists() else ()
-    return next((row for row in rows if row.get("event") not in passing_over), None)
+    return next((row for row in rows if row.get("event") not in (NOTED, *passing_over)), None)
 
 
 def origin(directory: Path) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from resumable_trainer import SnapshotPolicy
 from resumable_trainer.durable.journal import encode_row, read_rows
 from resumable_trainer.loop import accounting, launch
 from resumable_trainer.metrics.account import NOTED, Account, newest_noted
+from resumable_trainer.report.summary import last_event
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -23,6 +24,7 @@ OFTEN = SnapshotPolicy(every_steps=1, keep_last=2, background=False)
 @pytest.fixture(autouse=True)
 def _often(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(accounting, "EVERY_BYTES", EVERY)
+    monkeypatch.setattr(accounting, "AT_END_BYTES", EVERY)
 
 
 def train(directory: Path, *, steps: int) -> None:
@@ -44,6 +46,21 @@ def test_a_run_of_many_launches_is_accounted_for_as_if_all_were_read(tmp_path: P
     assert Account.read(path).interrupted == 3
     path.write_bytes(b"damage" + path.read_bytes()[6:])
     assert Account.read(path).goodput() == Account.of(rows).goodput(), "what is old was not read"
+
+
+def test_a_launch_that_ends_in_order_leaves_little_to_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(accounting, "EVERY_BYTES", 1 << 20)
+    monkeypatch.setattr(accounting, "AT_END_BYTES", 2000)
+    Small().train(tmp_path, snapshots=OFTEN, epochs=3)
+    assert [row["event"] for row in read_rows(tmp_path / "events.jsonl")][-2:] == ["finished", NOTED]
+    assert newest_noted(tmp_path / "events.jsonl")[0].said == "finished"
+    assert (last := last_event(tmp_path)) is not None
+    assert last["event"] == "finished", "that accounts were kept is no event for people"
+    Small().train(tmp_path, snapshots=OFTEN, epochs=3)
+    assert sum(row["event"] == NOTED for row in read_rows(tmp_path / "events.jsonl")) == 1, "too little has come since"
+    assert newest_noted(tmp_path / "events.jsonl")[1] > 2000
+    whole = Account.of(read_rows(tmp_path / "events.jsonl"))
+    assert Account.read(tmp_path / "events.jsonl").goodput() == whole.goodput()
 
 
 def test_who_listens_is_told_of_everything_all_the_same(tmp_path: Path) -> None:
