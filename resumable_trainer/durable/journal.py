@@ -363,12 +363,22 @@ def _length_of_full_lines(fd: int, size: int) -> int:
     return 0
 
 
-def read_rows(path: Path, *, offset: int = 0) -> Iterator[dict[str, Any]]:
+def read_rows(path: Path) -> Iterator[dict[str, Any]]:
     """The rows of a journal, oldest first; a torn last line is left out.
+
+    Raises:
+        ValueError: A line in the middle is damaged; the message names it.
+        OSError: It cannot be read.
+    """
+    return (row for _, row in rows_after(path, 0))
+
+
+def rows_after(path: Path, offset: int) -> Iterator[tuple[int, dict[str, Any]]]:
+    """The rows behind a place, oldest first, each with the offset of its end.
 
     Args:
         path: The journal.
-        offset: Where to begin, in bytes: the end of some row, or 0.
+        offset: 0, or where some row ends, in bytes.
 
     Raises:
         ValueError: A line in the middle is damaged; the message names it.
@@ -380,7 +390,8 @@ def read_rows(path: Path, *, offset: int = 0) -> Iterator[dict[str, Any]]:
         for number, line in enumerate(file, start=1):
             if not line.endswith(b"\n"):
                 return
-            yield _parsed(line, f"{path} line {number}{after}")
+            offset += len(line)
+            yield offset, _parsed(line, f"{path} line {number}{after}")
 
 
 def read_rows_from_end(path: Path, *, holding: Collection[bytes] = ()) -> Iterator[dict[str, Any]]:

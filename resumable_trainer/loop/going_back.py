@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, NoReturn
 
 from resumable_trainer.errors import DamagedSnapshotError, DivergedError, SnapshotGoneError
 from resumable_trainer.loop import screen
-from resumable_trainer.loop.divergence import blamed, stretches
+from resumable_trainer.loop.divergence import stretches
 from resumable_trainer.state.parts import has_finite_parameters
 
 if TYPE_CHECKING:
@@ -57,8 +57,8 @@ def _restore_last_good(keeper: Keeper, found: Divergence, number: int) -> tuple[
     One whose parameters are not finite was taken after the batch that spoilt them: then the batches before it are
     blamed, and the ones that only showed it are innocent. None if there is no such snapshot.
     """
-    manager, rows = keeper.manager, keeper.record.step_rows()
-    batches = blamed(rows, until=found.step, number=number)
+    manager, record = keeper.manager, keeper.record
+    batches = record.last_steps(until=found.step, number=number)
     for name in reversed(manager.store.names()):
         try:
             at = manager.store.manifest(name).position
@@ -74,7 +74,7 @@ def _restore_last_good(keeper: Keeper, found: Divergence, number: int) -> tuple[
         if has_finite_parameters(keeper.settings.state):
             keeper.continue_from(applied, reason=f"the run has diverged, going back to {name}")
             return batches, name
-        batches = blamed(rows, until=at.step - 1, number=number)
+        batches = record.last_steps(until=at.step - 1, number=number)
     return None
 
 

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from resumable_trainer.durable import journal as journal_module
 from resumable_trainer.durable.digest import digest_bytes
 from resumable_trainer.durable.files import Files
-from resumable_trainer.durable.journal import Journal, Mark, encode_row, read_rows, read_rows_from_end
+from resumable_trainer.durable.journal import Journal, Mark, encode_row, read_rows, read_rows_from_end, rows_after
 from resumable_trainer.errors import SnapshotWriteError
 
 if TYPE_CHECKING:
@@ -279,11 +279,11 @@ def test_no_more_is_read_from_the_end_than_is_asked_for(tmp_path: Path) -> None:
 
 def test_rows_are_read_from_where_another_ends(tmp_path: Path) -> None:
     (tmp_path / "j").write_bytes(b'{"a":1}\n{"a":2}\nxx\n')
-    rows = read_rows(tmp_path / "j", offset=8)
-    assert next(rows) == {"a": 2}
+    rows = rows_after(tmp_path / "j", 8)
+    assert next(rows) == (16, {"a": 2})
     with pytest.raises(ValueError, match="j line 2 after byte 8 is damaged"):
         next(rows)
-    assert list(read_rows(tmp_path / "j", offset=1000)) == []
+    assert list(rows_after(tmp_path / "j", 1000)) == []
 
 
 class FaultyOnce(Files):

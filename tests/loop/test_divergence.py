@@ -21,8 +21,11 @@ from small import Killed, Small, killed_at
 
 from resumable_trainer import DivergedError, OnDivergence, Preempted, Run, SettingsError, SnapshotPolicy, Trainer
 from resumable_trainer.cli.main import main
-from resumable_trainer.loop.divergence import DivergenceWatch, blamed, in_words, merged, stretches
+from resumable_trainer.durable.files import Files
+from resumable_trainer.loop.divergence import DivergenceWatch, in_words, merged, stretches
 from resumable_trainer.loop.notices import notices
+from resumable_trainer.loop.record import Record
+from resumable_trainer.snapshot.layout import Position
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -443,7 +446,15 @@ def test_stretches_that_touch_are_one_and_hold_the_same_batches(pieces: list[tup
     assert all(a[0] < b[0] or a[2] + 1 < b[1] for a, b in itertools.pairwise(result))
 
 
-def test_the_blamed_are_the_last_rows_across_epochs() -> None:
-    found = [(5, 0, 5), (6, 0, 6), (7, 1, 0), (8, 1, 1), (9, 1, 2)]
-    assert stretches(blamed(found, until=8, number=3)) == [(0, 6, 6), (1, 0, 1)]
+def test_the_blamed_are_the_last_rows_across_epochs(tmp_path: Path) -> None:
+    (tmp_path / "metrics.jsonl").write_bytes(b"what is older is not read\n")
+    record = Record(tmp_path / "metrics.jsonl", None, files=Files())
+    for at in [(5, 0, 5), (6, 0, 6), (7, 1, 0), (8, 1, 1), (9, 1, 2)]:
+        record.add_step(*at, weight=1, values={"loss": 0.5})
+        if at == (6, 0, 6):
+            record.end_epoch(Position(0, 7, 7))
+    assert record.last_steps(until=8, number=3) == [(6, 0, 6), (7, 1, 0), (8, 1, 1)]
+    assert stretches(record.last_steps(until=8, number=3)) == [(0, 6, 6), (1, 0, 1)]
+    assert record.last_steps(until=9, number=1) == [(9, 1, 2)], "also rows that were not written yet"
+    record.close()
     assert in_words([(0, 6, 6), (1, 0, 1)]) == "epoch 1 batch 6, epoch 2 batches 0 to 1"
