@@ -29,8 +29,8 @@ def _postpone(number: int, frame: FrameType | None) -> None:
 def told_afterwards(function: Callable[P, T]) -> Callable[P, T]:
     """A function that calls the handler of SIGCHLD when it is done, if it was due meanwhile.
 
-    It raises what torch says of a worker that has died, unless it has failed by itself. Cost: less than 1 us, 7 us where torch has
-    set its handler.
+    It raises what torch says of a worker that has died, unless it has failed by itself. Cost: less than 1 us, 7 us
+    where torch has set its handler.
     """
 
     @wraps(function)
