@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import faulthandler
 import os
 import sys
@@ -25,7 +26,8 @@ def prepare(args: argparse.Namespace) -> None:
     if args.on_event is not None:
         launch.process.handover.on_event = Hooks(args.on_event).noted
     if os.environ.get("NOTIFY_SOCKET") and os.environ.get("WATCHDOG_USEC"):
-        faulthandler.enable()
+        with contextlib.suppress(OSError, ValueError, RuntimeError):  # no stderr to write to
+            faulthandler.enable()
 
 
 def supervise(args: argparse.Namespace, arguments: Sequence[str], directories: Callable[[], list[Path]]) -> int:
@@ -60,4 +62,5 @@ def options(args: argparse.Namespace) -> list[str]:
 
 
 def _say(line: str) -> None:
-    print(marked(f"resumable-trainer: {line}", WARNING), file=sys.stderr, flush=True)
+    with contextlib.suppress(OSError, ValueError):  # whoever read it has gone: the training is watched all the same
+        print(marked(f"resumable-trainer: {line}", WARNING), file=sys.stderr, flush=True)

@@ -44,6 +44,9 @@ def _plan(directory: Path, args: argparse.Namespace) -> Plan:
     owner = pwd.getpwuid(directory.stat().st_uid)
     home = Path(owner.pw_dir)
     writable = [Path(command.cwd), directory, home / ".cache" / "resumable_trainer"]
+    for path in (*writable, Path(command.python)):
+        if any("\ud800" <= c <= "\udfff" for c in str(path)):
+            raise SettingsError(f"systemd: {str(path)!r} cannot stand in a unit: it is no UTF-8", path=path)
     return Plan(
         directory=directory,
         python=command.python,

@@ -68,7 +68,7 @@ class Heartbeat:
         is_meant = environment.get("WATCHDOG_PID", str(os.getpid())) == str(os.getpid())
         limit = _number(environment.get("WATCHDOG_USEC")) / 1_000_000 if is_meant else 0.0
         if limit:
-            with contextlib.suppress(OSError, ValueError, AttributeError):  # no stderr to write to
+            with contextlib.suppress(OSError, ValueError, RuntimeError):  # no stderr to write to
                 faulthandler.enable()  # a watcher's SIGABRT then shows the stacks of all threads
         floor = _number(environment.get(FLOOR_VARIABLE)) or FLOOR_SECONDS
         return cls(

@@ -63,9 +63,9 @@ class Leaving:
         keeper = self._keeper
         keeper.heart.stopping()
         left = None if notices.deadline is None else notices.deadline - time.monotonic()
-        costs = keeper.manager.costs
-        if left is not None and costs and left < max(costs):
-            keeper.screen.say([screen.late(left, max(costs), keeper.manager.latest)])
+        usual = deadline.longer_than(left, keeper.manager.costs)
+        if left is not None and usual is not None:
+            keeper.screen.say([screen.late(left, usual, keeper.manager.latest)])
 
     def leave(self, number: signal.Signals, where: str) -> NoReturn:
         """Unwind the user's loops with the exit code of the notice; what was to be saved is durable by now.

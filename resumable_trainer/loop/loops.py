@@ -15,13 +15,12 @@ from resumable_trainer.errors import Preempted, UsageError
 from resumable_trainer.loop import screen
 from resumable_trainer.loop.cursor import BatchLoop
 from resumable_trainer.loop.display import Display
+from resumable_trainer.loop.evaluation import Evaluation
 from resumable_trainer.loop.going_back import go_back
-from resumable_trainer.loop.held import HeldState
 from resumable_trainer.loop.leaving import Leaving
 from resumable_trainer.loop.notices import WaitBroken, notices
 
 if TYPE_CHECKING:
-    import signal
     from collections.abc import Callable, Iterator, Mapping
 
     from resumable_trainer.data.sources import Source
@@ -50,6 +49,7 @@ class Loops:
         self._keeper, self._tell = keeper, tell
         self._cursor, self._screen = keeper.cursor, keeper.screen
         self.leaving = Leaving(keeper)
+        self._evaluation = Evaluation(keeper, self.leaving)
         self.is_open = self.in_epoch = self.snapshot_wanted = False
         self.values: dict[str, Any] | None = None
         self.number = 0
@@ -59,9 +59,6 @@ class Loops:
         self._epochs_left_by_break = False
         self._went_back = False  # within the body of an epoch that is not to be counted
         self._has_trained = False  # in this launch, or since it has gone back
-        self._held: HeldState | None = None
-        self._evaluates = True  # until an epoch has shown that it does not go through run.evaluating
-        self._has_evaluated = True  # in the epoch under way
 
     def open(self) -> None:
         """The run's state is there: the loops may begin."""
@@ -131,8 +128,8 @@ class Loops:
         self._keeper.outcome = None
         self._keeper.heart.beat()
         self.in_epoch = True
-        self.number, self._loop, self._held = 0, None, None
-        self._evaluates, self._has_evaluated = self._has_evaluated, False
+        self.number, self._loop = 0, None
+        self._evaluation.epoch_begins()
         self._keeper.take_up_epoch()
 
     def _end_epoch(self, total: int, *, left: bool) -> bool:
@@ -147,6 +144,7 @@ class Loops:
             self._diverge(may_go_back=not left)
             return False
         self.in_epoch = False
+        self._evaluation.epoch_ends()
         keeper.restored = None  # of a resumed epoch whose body never came to its batches again
         values = self._record.end_epoch(self._cursor.position)
         epoch = self._cursor.epoch
@@ -232,7 +230,7 @@ class Loops:
         if number == len(cursor.loops):
             cursor.loops.append(BatchLoop())
         loop = self._loop = cursor.loops[number]
-        self._held = None
+        self._evaluation.batches_begin()
         iterator = self._iterator(source, loop)
         if self._keeper.restored is not None:
             # Invariant: after what skipping drew, and after what the body's beginning has changed.
@@ -356,8 +354,7 @@ class Loops:
         self._loop = None
         self._keeper.manager.settle()  # evaluation may put other weights in, if only for a while
         self._screen.end_batches(loop.done)
-        if self._evaluates:
-            self._held = HeldState(self._keeper.capture(epoch_complete=False, under_way=None))
+        self._evaluation.batches_end()
 
     def _end_open_batches(self) -> None:
         """A loop left by `break`, whether or not its iterator is still referred to somewhere."""
@@ -418,8 +415,9 @@ class Loops:
     def _diverge(self, *, may_go_back: bool = True) -> None:
         line = go_back(self._keeper, may_go_back=may_go_back)
         # What the epoch's body still does counts for nothing.
-        self._loop = self.values = self._held = None
-        self.snapshot_wanted = self._evaluates = False
+        self._loop = self.values = None
+        self._evaluation.counts_for_nothing()
+        self.snapshot_wanted = False
         self._went_back = True
         self._screen.end_batches()
         self._screen.say([line])
@@ -428,7 +426,7 @@ class Loops:
         """The body in which the run has gone back has ended: let the epoch begin."""
         self._went_back = self.in_epoch = self._has_trained = False
         self._keeper.begin_again()
-        self._has_evaluated = True
+        self._evaluation.begins_again()
         self._screen.go_back(total, self._cursor.epoch)
 
     # -- evaluation -------------------------------------------------------------------------------
@@ -436,43 +434,13 @@ class Loops:
     def evaluating(self, data: Any, **settings: Any) -> Iterator[Any]:
         """Batches for an evaluation; a notice is served between them."""
         self.settle()
-        self._evaluates = self._has_evaluated = not self._went_back
-        source = self._keeper.shelf.source(data, salt="evaluating", **settings)
-        return self._evaluating(source)
+        self._evaluation.begin(counts=not self._went_back)
+        return self._evaluating(self._keeper.shelf.source(data, salt="evaluating", **settings))
 
     def _evaluating(self, source: Source) -> Iterator[Any]:
-        batches = self._shortened(source.batches(epoch=self._cursor.epoch))
-        breaks = source.finds_place and self.values is None and self._held is not None
-        while True:
-            is_over, batch = False, None
-            try:
-                notices.waits = breaks
-                batch = next(batches)
-            except StopIteration:
-                is_over = True
-            except WaitBroken:
-                pass
-            notices.waits = False
-            if is_over:
-                return
-            if batch is None and breaks and notices.leave is not None:
-                self._leave_from_evaluation(notices.leave)
-            self._come_to("evaluating", batch)
-            self._keeper.heart.beat()
-            if notices.leave is not None and self.values is None and self._record.watch.found is None:
-                self._leave_from_evaluation(notices.leave)
-            yield batch
-
-    def _leave_from_evaluation(self, number: signal.Signals) -> None:
-        """Save the state as it was before evaluation began; if it is gone, the last snapshot stands.
-
-        Where none was held (an evaluation at the top of an epoch, or one that not every epoch has),
-        training since the last snapshot would be lost: then the next boundary follows the notice.
-        """
-        if self._held is None and not self._keeper.all_is_durable():
-            return
-        state = self._held.again() if self._held is not None else None
-        if state is not None and self.in_epoch:
-            self._keeper.save_held(state)
-            self.leaving.leave(number, "in evaluation")
-        self.leaving.leave(number, "in evaluation, whose start cannot be had again: the last durable snapshot stands")
+        yield from self._evaluation.served(
+            self._shortened(source.batches(epoch=self._cursor.epoch)),
+            finds_place=source.finds_place,
+            is_between_batches=lambda: self.values is None,
+            tell=lambda batch: self._come_to("evaluating", batch),
+        )

@@ -281,7 +281,9 @@ class Run:
     @property
     def averages(self) -> dict[str, float]:
         """Means of the step values over the epoch so far; reads device tensors."""
-        self._keeper.record.flush()
+        if not self._closed:
+            self._loops.settle()
+            self._keeper.record.flush()
         return self._keeper.record.averages.means()
 
     @property

@@ -5,6 +5,7 @@ from __future__ import annotations
 from functools import partial
 from typing import TYPE_CHECKING, Literal, Self
 
+from resumable_trainer.data.worker_deaths import told_afterwards
 from resumable_trainer.errors import DamagedSnapshotError, SettingsError, UsageError
 from resumable_trainer.manager.applying import Applying
 from resumable_trainer.manager.capturing import Capturing
@@ -160,6 +161,7 @@ class StateManager(HeldRun):
         facts = Facts(position=position, epoch_complete=complete, metrics=dict(metrics or {}))
         return self.write(self.stage(self.capture()), facts, background=background)
 
+    @told_afterwards
     def capture(self, sections: Mapping[str, object] | None = None) -> Flat:
         """The whole state taken apart: values as they are now, tensors live, not copied.
 
@@ -172,6 +174,7 @@ class StateManager(HeldRun):
         """
         return self._capturing.capture(sections or {}, self._watch)
 
+    @told_afterwards
     def stage(self, captured: Flat) -> Flat:
         """A copy of a captured state that later training cannot change; blocks for one memory copy.
 
@@ -192,6 +195,7 @@ class StateManager(HeldRun):
         """
         self._capturing.settle()
 
+    @told_afterwards
     def write(
         self,
         staged: Flat,
@@ -215,6 +219,7 @@ class StateManager(HeldRun):
         _ = self.lock
         return self._saving.write(staged, facts, arrival=self._capturing.arrival(), background=background, rows=rows)
 
+    @told_afterwards
     def wait(self) -> None:
         """Block until the snapshot in flight is durable; raise what went wrong with it."""
         self._saving.wait()
@@ -249,6 +254,7 @@ class StateManager(HeldRun):
         self.set_aside(report.set_aside, reason=f"going back to {report.snapshot}")
         return report
 
+    @told_afterwards
     def find(self, which: str = "latest", *, reading_next: bool = False) -> RestoreReport:
         """Choose and verify a snapshot, quarantine damaged ones, and restore nothing yet.
 
@@ -274,6 +280,7 @@ class StateManager(HeldRun):
                 raise
         return self.apply(self.find())
 
+    @told_afterwards
     def apply(self, found: RestoreReport, *, strictly: bool = True) -> RestoreReport:
         """Put the chosen snapshot into the parts, and the global generators last.
 
@@ -287,10 +294,12 @@ class StateManager(HeldRun):
         self.settle()
         return self._applying.apply(found, strictly=strictly, watch=self._watch)
 
+    @told_afterwards
     def quarantine(self, name: str, reason: str) -> None:
         """Move a damaged snapshot aside, with the reason; nothing is deleted."""
         self._line.quarantine(name, reason)
 
+    @told_afterwards
     def set_aside(self, names: Sequence[str], *, reason: str) -> None:
         """Move valid snapshots of an abandoned line aside; nothing is deleted."""
         self._line.set_aside(names, reason)

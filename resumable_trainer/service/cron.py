@@ -8,6 +8,7 @@ that taking them out again touches nothing else.
 
 from __future__ import annotations
 
+import re
 import shlex
 import signal
 from dataclasses import dataclass
@@ -73,7 +74,7 @@ def without_entry(crontab: str, directory: Path) -> str:
         SettingsError: One of the two marks is gone: which lines are ours cannot be told.
     """
     begin, end = _marks(directory)
-    lines, kept, within = crontab.splitlines(keepends=True), [], False
+    lines, kept, within = re.findall(r"[^\n]*\n|[^\n]+", crontab), [], False
     for line in lines:
         mark = line.rstrip("\n")
         if mark == (end if not within else begin):

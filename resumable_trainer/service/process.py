@@ -1,7 +1,8 @@
 """One child of the supervisor: started so that neither outlives the other unseen, and ended with all that is its.
 
 Policy: the child leads a process group, so that its workers can be ended with it; the kernel sends it a
-SIGTERM when the supervisor dies (PR_SET_PDEATHSIG, Linux), so that it saves and leaves.
+SIGTERM when the supervisor dies (PR_SET_PDEATHSIG, Linux), so that it saves and leaves; one that does not follow it is
+ended by the `guardian`.
 """
 
 from __future__ import annotations

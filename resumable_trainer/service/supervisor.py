@@ -24,6 +24,7 @@ from resumable_trainer.errors import ExitCode
 from resumable_trainer.loop import launch
 from resumable_trainer.service import progress
 from resumable_trainer.service.budget import Decision, Ending, Limits, Spent, decide
+from resumable_trainer.service.guardian import Guardian
 from resumable_trainer.service.liveness import DEFAULT_LIMIT_SECONDS, Ear, Liveness
 from resumable_trainer.service.process import Child
 from resumable_trainer.service.progress import Standing
@@ -88,9 +89,9 @@ class Supervisor:
 
     def run(self) -> int:
         """Supervise until there is nothing left to start; the exit code."""
-        with self._listening():
+        with self._listening(), contextlib.closing(Guardian()) as guardian:
             while True:
-                ending = self._one()
+                ending = self._one(guardian)
                 self._spent = self._spent.after(ending)
                 decision = decide(self._limits, self._spent, ending)
                 if decision.wait_seconds is None or self._leaving is not None:
@@ -101,11 +102,12 @@ class Supervisor:
 
     # -- one child --------------------------------------------------------------------------------
 
-    def _one(self) -> Ending:
+    def _one(self, guardian: Guardian) -> Ending:
         self._unsent.clear()
         before = Standing.of(self._training.directories())
         argv = self._training.again if self._has_begun else self._training.first
         self._child = child = Child(argv, self._environment())
+        guardian.watch(child.pid)
         for number in self._unsent:  # asked for while it was being started
             child.send(number)
         liveness = Liveness(self._hang_timeout if self._ear.address else None, time.monotonic())
@@ -113,6 +115,7 @@ class Supervisor:
         if hung:
             child.abort(_ABORT_GRACE_SECONDS)
         code = child.reap()
+        guardian.watch(0)
         self._child = None
         ending = self._judge(child.pid, code, hung=hung, before=before)
         return replace(ending, error=ending.error or liveness.failure) if code > 0 else ending

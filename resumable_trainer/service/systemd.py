@@ -140,7 +140,7 @@ def drop_in(plan: Plan) -> str:
         f"ExecStart={quoted(plan.python)} -m resumable_trainer resume {run}{strict}",
         "ExecStopPost=",
         f"ExecStopPost=-{quoted(plan.python)} -m resumable_trainer systemd ended {run}",
-        f"WorkingDirectory={specifiers_escaped(str(plan.directory))}",
+        "WorkingDirectory=%f",  # not the path itself: a backslash or blank at its end would change what follows
     ]
     if plan.user is not None:
         lines.append(f"User={specifiers_escaped(plan.user)}")

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from resumable_trainer.service.budget import Limits
+from resumable_trainer.service.guardian import Guardian
 from resumable_trainer.service.supervisor import Supervisor, Training
 
 SUPERVISE = """
@@ -159,6 +160,81 @@ time.sleep(60)
     supervisor.kill()
     supervisor.communicate(timeout=20)
     until(tmp_path / "saved")
+
+
+@pytest.mark.parametrize("leader", ["stubborn", "gone"])
+def test_a_killed_supervisors_child_that_does_not_follow_is_ended_with_all_that_is_its(
+    tmp_path: Path, leader: str
+) -> None:
+    """It hangs, or is still being set up; or it left in order, and a worker of it does not."""
+    script = f"""
+import os, signal, sys, time
+signal.signal(15, (lambda *_: sys.exit(75)) if {leader!r} == "gone" else lambda *_: open("heard", "w").write("1"))
+worker = os.fork()
+if not worker: signal.signal(15, signal.SIG_IGN)
+else: open("pids", "w").write(f"{{os.getpid()}} {{worker}}")
+while True: time.sleep(1)
+"""
+    grace = 2.0 if leader == "stubborn" else 600.0
+    code = SUPERVISE.replace("hang =", f"supervisor_module.Guardian = lambda: guardian.Guardian({grace})\nhang =")
+    code = "import resumable_trainer.service.supervisor as supervisor_module\n" + code
+    code = "from resumable_trainer.service import guardian\n" + code
+    (tmp_path / "child.py").write_text(script)
+    supervisor = subprocess.Popen([sys.executable, "-c", code, "0", "child.py"], cwd=tmp_path)
+    pids = [int(word) for word in until(tmp_path / "pids").split()]
+    supervisor.kill()
+    supervisor.wait(20)
+    if leader == "stubborn":
+        until(tmp_path / "heard")
+    deadline = time.monotonic() + 20
+    while any(map(is_running, pids)):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def test_a_guardian_ends_with_its_supervisor_and_no_child_that_has_ended_is_touched(tmp_path: Path) -> None:
+    guardian = Guardian(0.0)
+    ended, alive = (subprocess.Popen(["sleep", "60"], process_group=0) for _ in range(2))
+    guardian.watch(ended.pid)
+    guardian.watch(0)
+    guardian.close()
+    assert ended.poll() is None, "for all that the guardian knows its number may be another's by now"
+    guardian = Guardian(0.0)
+    guardian.watch(alive.pid)
+    guardian.close()
+    assert alive.wait(20) == -signal.SIGKILL
+    ended.kill()
+    ended.wait()
+
+
+@pytest.mark.parametrize("stderr", ["2>&-", "2>&1 >&- | true"])
+def test_a_supervisor_that_nobody_reads_goes_on_all_the_same(tmp_path: Path, stderr: str) -> None:
+    (tmp_path / "job.py").write_text(
+        "import os, sys\nn = len(os.listdir('starts'))\nopen(f'starts/{n}', 'w')\nsys.exit(78 if n == 2 else 70)\n"
+    )
+    (tmp_path / "starts").mkdir()
+    command = f"{sys.executable} -m resumable_trainer run --restart --backoff 0.01 job.py {stderr}"
+    subprocess.run(["bash", "-c", f"{command}; echo ${{PIPESTATUS[0]}} > code"], cwd=tmp_path, check=True, timeout=60)
+    assert ((tmp_path / "code").read_text(), len(os.listdir(tmp_path / "starts"))) == ("78\n", 3)
+
+
+def test_a_child_that_closes_its_streams_and_ends_is_no_failure(tmp_path: Path) -> None:
+    supervisor = started(tmp_path, "import os\nos.close(1); os.close(2)\nos._exit(0)")
+    assert supervisor.communicate(timeout=20)[1] == ""
+    assert supervisor.returncode == 0
+
+
+def test_ctrl_c_twice_ends_a_script_that_opens_no_run(tmp_path: Path) -> None:
+    """The first is noted for a boundary between batches, of which there is none."""
+    (tmp_path / "job.py").write_text("import time\nopen('ready', 'w').write('1')\nwhile True: time.sleep(0.1)\n")
+    command = [sys.executable, "-m", "resumable_trainer", "run", "--restart", "job.py"]
+    supervisor = subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, text=True)
+    until(tmp_path / "ready")
+    for _ in range(2):
+        supervisor.send_signal(signal.SIGINT)
+        time.sleep(0.3)  # two at once are one
+    assert "second SIGINT, leaving at once" in supervisor.communicate(timeout=20)[1]
+    assert supervisor.returncode == 130
 
 
 def test_no_worker_outlives_the_child(tmp_path: Path) -> None:
