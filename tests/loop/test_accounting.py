@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
@@ -9,6 +10,7 @@ import pytest
 from small import Killed, Small, killed_at
 
 from resumable_trainer import SnapshotPolicy
+from resumable_trainer.cli.main import main
 from resumable_trainer.durable.journal import encode_row, read_rows
 from resumable_trainer.loop import accounting, launch
 from resumable_trainer.metrics.account import NOTED, Account, newest_noted
@@ -92,3 +94,26 @@ def test_damaged_events_are_no_reason_to_stop(tmp_path: Path) -> None:
     train(tmp_path, steps=30)
     assert b'"committed"' in path.read_bytes().partition(b"damage")[2]
     assert NOTED.encode() not in path.read_bytes()
+
+
+def test_neither_a_start_nor_those_who_look_read_what_is_old(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Watched, in a cloud, with an interval of its own choosing: behind the newest events stands what none can read."""
+    run = tmp_path / "run"
+    train(run, steps=70)
+    path = run / "events.jsonl"
+    first, _, rest = path.read_bytes().partition(b"\n")
+    kinds = ("launched", "committed", "paced", "forked", "exited", "finished")
+    unreadable = b"".join(f'"event":"{kind}"'.encode() for kind in kinds)
+    path.write_bytes(unreadable.ljust(len(first), b".")[: len(first)] + b"\n" + rest)
+    monkeypatch.setenv("NOTIFY_SOCKET", str(tmp_path / "nobody"))
+    monkeypatch.setenv("RESUMABLE_TRAINER_NOTICES", "slurm")
+    monkeypatch.setenv("SLURM_JOB_END_TIME", str(int(time.time()) + 86400))
+    Small().train(run, snapshots=SnapshotPolicy(every="auto"), epochs=20, progress=None)
+    assert "goodput" in capsys.readouterr().err
+    assert launch.command_is_done(run) is False
+    assert main(["status", str(run)]) == main(["runs", str(tmp_path)]) == 0
+    shown = capsys.readouterr().out
+    assert "2 launches" in shown
+    assert "unreadable" not in shown
