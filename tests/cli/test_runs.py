@@ -130,7 +130,7 @@ def test_the_text_file_is_replaced_whole_or_not_at_all(tmp_path: Path, monkeypat
     command = ["runs", str(tmp_path), "--prometheus", str(file)]
     assert main(command) == 0
     first = file.read_bytes()
-    with file.open("rb") as reader:  # node_exporter reads while it is written
+    with file.open("rb", buffering=0) as reader:  # node_exporter reads while it is written
         head = reader.read(10)
         Small().train(tmp_path / "run", epochs=2)
         assert main(command) == 0
