@@ -38,5 +38,5 @@ def _directories(command: launch.Command, target: Path | None) -> list[Path]:
 
 def _arguments(args: argparse.Namespace) -> list[str]:
     """The same command line without what the supervisor does itself."""
-    run_dir = [] if args.run_dir is None else ["--run-dir", args.run_dir]
-    return ["run", *run_dir, *options(args), *(["-m"] if args.module else []), args.target, *args.args]
+    run_dir = [] if args.run_dir is None else [f"--run-dir={args.run_dir}"]
+    return ["run", *run_dir, *options(args), *(["-m"] if args.module else []), "--", args.target, *args.args]

@@ -91,7 +91,7 @@ class Heartbeat:
     def ready(self) -> None:
         """The state is restored; training may begin. From here on silence counts."""
         self._last = self._last_sent = self._clock()
-        self._tell("READY=1")
+        self._tell("READY=1", "STATUS=ready")
         if self._has_seen_epoch:
             self._set_limit()
 

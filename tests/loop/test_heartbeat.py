@@ -130,7 +130,7 @@ def test_a_run_tells_when_it_is_ready_how_it_goes_and_that_it_leaves(
                 break
     assert "STATUS=restoring" in told[0]
     assert "EXTEND_TIMEOUT_USEC=" in told[0]
-    assert told[1] == "READY=1"
+    assert told[1] == "READY=1\nSTATUS=ready", "and not: restoring"
     assert "WATCHDOG_USEC=30000000\nWATCHDOG=1" in told
 
 

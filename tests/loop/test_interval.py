@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+import re
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -14,7 +17,10 @@ from resumable_trainer import SettingsError, SnapshotPolicy
 from resumable_trainer.durable.journal import encode_row
 from resumable_trainer.loop import opening
 from resumable_trainer.loop.interval import ASSUMED_SECONDS, Interruptions, interval_seconds
+from resumable_trainer.loop.saver import Saver
+from resumable_trainer.manager import Facts
 from resumable_trainer.metrics.goodput import duration
+from resumable_trainer.snapshot.layout import Position
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -110,6 +116,60 @@ def test_it_saves_within_an_epoch_when_the_time_has_come(tmp_path: Path) -> None
     names = [row["snapshot"] for row in events if row["event"] == "committed"]
     assert len(names) > 1
     assert names[-1] == "step-000000004-epoch-000001"
+
+
+@dataclass
+class Clocked:
+    """A manager that writes nothing, under a clock that is moved by hand."""
+
+    now: float = 0.0
+    written: list[float] = field(default_factory=list)
+    is_writing: bool = False
+    latest: str = "step"
+
+    def write(self, *arguments: Any, **settings: Any) -> None:
+        self.written.append(self.now)
+
+    def wait(self) -> None:
+        """Nothing is on its way."""
+
+
+@pytest.mark.parametrize("known", [Interruptions(), Interruptions(9, 6400.0), Interruptions(3, 5e5, (2.0,) * 20)])
+@pytest.mark.parametrize("stall", [0.01, 0.5, 8.0])
+@pytest.mark.parametrize("overhead", [0.01, 0.2])
+def test_it_saves_as_often_as_it_says(known: Interruptions, stall: float, overhead: float) -> None:
+    """Ten hours of training in steps of half a second, in the middle of one long epoch."""
+    manager, said = Clocked(), list[str]()
+    saver = Saver(
+        manager,  # type: ignore[arg-type]
+        SnapshotPolicy(every="auto", max_overhead=overhead),
+        rows=None,  # type: ignore[arg-type]
+        clock=lambda: manager.now,
+        say=said.extend,
+        interruptions=known,
+    )
+    costs: list[float] = []
+    for step in range(1, 72_000):
+        manager.now += 0.5
+        if saver.is_due_after_batch(step):
+            costs.append(stall if len(costs) % 10 else 5 * stall)  # now and then a disk is slow: the median counts
+            manager.now += costs[-1]
+            saver.save({}, Facts(Position(0, step, step), stall_seconds=costs[-1]))
+    gaps = [
+        later - earlier - cost
+        for (earlier, later), cost in zip(itertools.pairwise(manager.written), costs[1:], strict=True)
+    ]
+    newest = interval_seconds(stall, known.mean_seconds, overhead)
+    assert len(gaps) > 20
+    assert all(newest <= gap < newest + 0.51 for gap in gaps[20:]), "to a step"
+    assert stall * len(gaps) / manager.now <= overhead
+    first = interval_seconds(2.0, known.mean_seconds, overhead) if known.stalls else 60.0
+    assert first <= manager.written[0] - costs[0] < first + 0.5
+    assert ("as often as pays" in said[0]) == (not known.stalls)
+    stated = float(re.findall(r"every (\S+) (s|min|h) within", said[-1])[0][0])
+    unit = {"s": 1, "min": 60, "h": 3600}[re.findall(r"every (\S+) (s|min|h) within", said[-1])[0][1]]
+    assert 0.5 < newest / (stated * unit) < 2, "what was said last is still true"
+    assert f"at most {overhead:.0%} of its time" in said[-1]
 
 
 @pytest.mark.parametrize(

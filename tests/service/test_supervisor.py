@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -192,6 +193,15 @@ while True: time.sleep(1)
         time.sleep(0.05)
 
 
+def test_the_training_is_the_only_child(tmp_path: Path) -> None:
+    """Who looks for it by its parent finds nothing else."""
+    supervisor = started(tmp_path, "import os, time; open('pid', 'w').write(str(os.getpid())); time.sleep(60)")
+    pid = until(tmp_path / "pid")
+    assert Path(f"/proc/{supervisor.pid}/task/{supervisor.pid}/children").read_text().split() == [pid]
+    supervisor.terminate()
+    supervisor.communicate(timeout=20)
+
+
 def test_a_guardian_ends_with_its_supervisor_and_no_child_that_has_ended_is_touched(tmp_path: Path) -> None:
     guardian = Guardian(0.0)
     ended, alive = (subprocess.Popen(["sleep", "60"], process_group=0) for _ in range(2))
@@ -222,6 +232,45 @@ def test_a_child_that_closes_its_streams_and_ends_is_no_failure(tmp_path: Path) 
     supervisor = started(tmp_path, "import os\nos.close(1); os.close(2)\nos._exit(0)")
     assert supervisor.communicate(timeout=20)[1] == ""
     assert supervisor.returncode == 0
+
+
+@pytest.mark.parametrize(
+    ("more", "seen"),
+    [
+        ((), []),
+        (("-x", "--lr=1", "a b"), ["-x", "--lr=1", "a b"]),
+        (("--restart", "$HOME", "ü\n"), ["--restart", "$HOME", "ü\n"]),
+    ],
+)
+def test_every_start_is_given_the_words_of_the_first(tmp_path: Path, more: tuple[str, ...], seen: list[str]) -> None:
+    (tmp_path / "-odd name.py").write_text(
+        "import json, os, sys\nprint(json.dumps(sys.argv[1:]))\n"
+        "n = len(os.listdir('starts'))\nopen(f'starts/{n}', 'w')\nsys.exit(0 if n == 2 else 75)\n"
+    )
+    (tmp_path / "starts").mkdir()
+    command = [sys.executable, "-m", "resumable_trainer", "run", "--restart", "--backoff", "0.01", "--run-dir=-r"]
+    done = subprocess.run(
+        [*command, "--", "-odd name.py", *more], cwd=tmp_path, capture_output=True, text=True, check=False, timeout=60
+    )
+    assert (done.returncode, done.stdout) == (0, f"{json.dumps(seen)}\n" * 3), done.stderr
+
+
+@pytest.mark.parametrize(
+    ("option", "code", "starts", "reason"),
+    [
+        ("--max-failures=1", 70, 2, "2 failures, 1 are allowed"),
+        ("--max-preemptions=1", 75, 2, "2 preemptions, 1 are allowed"),
+        ("--max-stuck=1", 70, 2, "2 failures in a row without durable progress, before a run was opened"),
+    ],
+)
+def test_a_budget_that_is_used_up_ends_it_with_the_last_code_and_is_said(
+    tmp_path: Path, option: str, code: int, starts: int, reason: str
+) -> None:
+    (tmp_path / "job.py").write_text(f"import sys\nprint('start')\nsys.exit({code})\n")
+    command = [sys.executable, "-m", "resumable_trainer", "run", "--restart", "--backoff", "0.01", option, "job.py"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False, timeout=60)
+    assert (done.returncode, done.stdout.count("start")) == (code, starts)
+    assert done.stderr.splitlines()[-1].startswith(f"resumable-trainer: gave up: {reason}")
 
 
 def test_ctrl_c_twice_ends_a_script_that_opens_no_run(tmp_path: Path) -> None:

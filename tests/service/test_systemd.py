@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 import time
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -18,7 +19,6 @@ from resumable_trainer.service.systemd import Plan
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
-    from pathlib import Path
 
     from sandbox import Sandbox
 
@@ -233,7 +233,7 @@ def test_drift_under_strict_is_refused_once(box: Sandbox) -> None:
 
 
 @pytest.mark.skipif(shutil.which("systemd-analyze") is None, reason="needs systemd-analyze")
-@pytest.mark.parametrize("name", ["plain", "with space", 'odd%h"quote$HOME\\', "umlaut-ü"])
+@pytest.mark.parametrize("name", ["plain", "with space ", 'odd%h"quote$HOME\\', "umlaut-ü"])
 def test_units_are_sound_for_every_name(tmp_path: Path, name: str) -> None:
     directory = tmp_path / name
     directory.mkdir()
@@ -261,6 +261,57 @@ def test_units_are_sound_for_every_name(tmp_path: Path, name: str) -> None:
         check=False,
     )
     assert exposure.returncode == 0, exposure.stdout
+
+
+def settings(text: str) -> dict[str, list[str]]:
+    """Values by section and key."""
+    found: dict[str, list[str]] = {}
+    section = ""
+    for line in text.splitlines():
+        if line.startswith("["):
+            section = line.strip("[]")
+        elif line and not line.startswith("#"):
+            key, _, value = line.partition("=")
+            found.setdefault(f"{section}.{key}", []).append(value)
+    return found
+
+
+@pytest.mark.parametrize("user", ["ann", None])
+def test_a_unit_says_how_a_training_is_started_watched_stopped_and_restarted(tmp_path: Path, user: str | None) -> None:
+    plan = Plan(Path("/srv/run"), "/opt/python", [Path("/srv/run"), Path("/srv")], user, strict=True, hang_seconds=77)
+    unit = settings(systemd.template(plan))
+    expected = {
+        "Unit.Wants": "network-online.target",
+        "Unit.After": "network-online.target",
+        "Unit.StartLimitIntervalSec": "1h",
+        "Unit.StartLimitBurst": "60",
+        "Service.Type": "notify",
+        "Service.NotifyAccess": "main",
+        "Service.ExecReload": "/bin/kill -USR1 $MAINPID",
+        "Service.TimeoutStartSec": "30min",
+        "Service.TimeoutStopSec": "90",
+        "Service.WatchdogSec": "77",
+        "Service.KillMode": "mixed",
+        "Service.Restart": "on-failure",
+        "Service.RestartSec": "5",
+        "Service.RestartForceExitStatus": "75 SIGTERM",
+        "Service.SuccessExitStatus": "75",
+        "Service.RestartPreventExitStatus": "2 65 66 78 79 130",  # CONTRACT: no use in the same again
+        "Service.OOMPolicy": "stop",
+        "Service.Environment": "PYTHONUNBUFFERED=1",
+        "Service.NoNewPrivileges": "yes",
+        "Service.UMask": "0027",
+        "Install.WantedBy": "multi-user.target" if user else "default.target",
+    }
+    assert {key: unit.get(key) for key in expected} == {key: [value] for key, value in expected.items()}
+    assert ("Service.ProtectSystem" in unit) == (user is not None), "the manager of a user may not do that"
+    own = settings(systemd.drop_in(plan))
+    command, ended = '"/opt/python" -m resumable_trainer resume "/srv/run" --strict', own["Service.ExecStopPost"]
+    assert own["Service.ExecStart"] == ["", command], "in place of the template's"
+    assert ended == ["", '-"/opt/python" -m resumable_trainer systemd ended "/srv/run"']
+    assert own.get("Service.User") == (["ann"] if user else None)
+    assert own.get("Service.ReadWritePaths") == (['"-/srv/run"', '"-/srv"'] if user else None)
+    assert own["Service.WorkingDirectory"] == ["%f"]
 
 
 def test_keys_that_the_local_systemd_does_not_know_are_left_out(tmp_path: Path) -> None:

@@ -25,6 +25,7 @@ def test_cron_entries_escape_the_percent_sign_and_quote_the_path() -> None:
     assert every.startswith("*/10 * * * * { /opt/bin/python ")
     assert "%" not in every.replace("\\%", "")
     assert (begin[:5], end[:5]) == ("# >>>", "# <<<")
+    assert reboot.removeprefix("@reboot ") == every.removeprefix("*/10 * * * * ")
     command = every.removeprefix("*/10 * * * * ").replace("\\%", "%")
     assert subprocess.run(["sh", "-n", "-c", command], check=False).returncode == 0
 
@@ -121,3 +122,14 @@ def test_a_job_of_kubernetes_is_started_again_only_where_that_is_of_use() -> Non
     assert never["onExitCodes"]["values"] == [2, 65, 66, 78, 79]
     assert spec["template"]["spec"]["restartPolicy"] == "Never"
     assert json.loads(kubernetes.manifest(job))["metadata"]["name"] == "it-s-home"
+    assert spec["backoffLimit"] == 20
+    pod = spec["template"]["spec"]
+    (container,) = pod["containers"]
+    assert (container["image"], container["command"], container["workingDir"]) == (
+        "image:1",
+        ["python", "-m", "x"],
+        "/app",
+    )
+    assert container["volumeMounts"] == [{"name": "runs", "mountPath": "/srv/a b/50%"}]
+    assert pod["volumes"] == [{"name": "runs", "persistentVolumeClaim": {"claimName": "claim"}}]
+    assert pod["terminationGracePeriodSeconds"] == 120

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -45,6 +46,12 @@ with Run("run", state={"model": model, "optimizer": optimizer}, progress=False,
                     time.sleep(0.01)
                     from resumable_trainer.loop.notices import notices
                     if notices.pending: break
+            if os.environ.get("HURT") == "slow": time.sleep(0.2)
+            if run.step == 14 and first("hang"):
+                def stuck():
+                    while True: pass
+                stuck()
+        if os.environ.get("HURT") == "slow": time.sleep(1.5)
         run.log_epoch(weight=model.weight.sum())
 """
 HOOK = "import sys; open('told', 'a').write(sys.stdin.read())"
@@ -95,6 +102,33 @@ def test_a_killed_training_is_continued_and_ends_as_if_nothing_had_happened(
     # The first "started" may have been on its way when the training was killed.
     assert [one["event"] for one in told if one["event"] != "started"] == ["failing", "finished"]
     assert all(one["run_dir"] == str(tmp_path / "run") for one in told)
+
+
+def test_a_training_that_hangs_is_found_by_what_it_has_learned_shown_and_continued(
+    tmp_path: Path, whole: dict[str, bytes], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RESUMABLE_TRAINER_MIN_WATCHDOG_SECONDS", "2")
+    training = start(tmp_path, "--restart", "--backoff", "0.01", "--hang-timeout", "1000", hurt="hang")
+    _, said = training.communicate(timeout=100)
+    assert training.returncode == 0, said
+    limit = float(re.findall(r"no sign of life for (\S+) s \(", said)[0])
+    assert 2 <= limit < 100, "learned in the first epoch, not the one it was given"
+    assert "in stuck" in said, "where it hung"
+    assert endings.differing(whole, endings.ending(tmp_path / "run")) == []
+    (ended,) = [event for event in events(tmp_path) if event["event"] == "ended"]
+    assert (ended["result"], ended["signal"]) == ("hang", "SIGABRT")
+
+
+def test_a_slow_training_that_is_well_is_left_alone(
+    tmp_path: Path, whole: dict[str, bytes], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Though it is silent for longer than the least limit, in each batch and in what follows an epoch."""
+    monkeypatch.setenv("RESUMABLE_TRAINER_MIN_WATCHDOG_SECONDS", "0.1")
+    training = start(tmp_path, "--restart", "--hang-timeout", "60", hurt="slow")
+    assert training.communicate(timeout=100)[1] == ""
+    assert training.returncode == 0
+    assert endings.differing(whole, endings.ending(tmp_path / "run")) == []
+    assert [event["event"] for event in events(tmp_path)].count("paced") >= 1
 
 
 def test_a_finished_run_is_a_quick_nothing(tmp_path: Path) -> None:
