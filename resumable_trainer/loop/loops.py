@@ -237,14 +237,15 @@ class Loops:
             self._keeper.restore_again()
         self._screen.begin_batches(cursor.epoch, source.num_batches(), loop.done)
         self._boundary()
-        while True:
+        while not self._went_back:
             try:
                 yield from self._each(iterator, loop, breaks=source.finds_place)
                 break
             except WaitBroken:
                 del iterator  # what it has put aside is put back when the exception is gone, too
             self._boundary()
-            iterator = self._iterator(source, loop)  # there is nothing to save yet: the wait goes on
+            if not self._went_back:
+                iterator = self._iterator(source, loop)  # there is nothing to save yet: the wait goes on
         if not self._went_back:
             self._look_for_divergence()
         if not self._went_back:

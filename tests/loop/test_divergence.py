@@ -105,6 +105,50 @@ def test_a_run_that_goes_back_equals_one_that_never_saw_the_batch(tmp_path: Path
         assert (tmp_path / "run" / last / name).read_bytes() == (tmp_path / "whole" / last / name).read_bytes()
 
 
+class Noticed:
+    """Batches of tensors, one of them no numbers; a SIGTERM comes while the one after it is loaded, but for the flag."""
+
+    def __init__(self, flag: Path) -> None:
+        self.flag = flag
+
+    def __len__(self) -> int:
+        return 5
+
+    def __getitem__(self, index: int) -> torch.Tensor:
+        if index == 3 and not self.flag.exists():
+            self.flag.touch()
+            signal.raise_signal(signal.SIGTERM)
+        return torch.full((2, 6), math.nan if index == 2 else float(index))
+
+
+@pytest.mark.parametrize("policy", [OFTEN, SnapshotPolicy(every_steps=1), SnapshotPolicy(every_epochs=9)])
+def test_a_notice_that_breaks_off_a_wait_after_a_divergence_that_was_not_read_yet(
+    tmp_path: Path, policy: SnapshotPolicy
+) -> None:
+    def train(directory: Path, flag: Path) -> None:
+        model = jobs.network()
+        optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
+        state = {"model": model, "optimizer": optimizer}
+        with Run(directory, state=state, snapshots=policy, progress=False, on_divergence=ROLLBACK) as run:
+            for _ in run.epochs(2):
+                for inputs in run.batches(Noticed(flag)):
+                    run._screen.due_at = math.inf  # rows are read at boundaries alone
+                    optimizer.zero_grad()
+                    loss = model(inputs).mean()
+                    loss.backward()
+                    optimizer.step()
+                    run.log(loss=loss)
+
+    (tmp_path / "never").touch()
+    train(tmp_path / "whole", tmp_path / "never")
+    with pytest.raises(Preempted):
+        train(tmp_path / "run", tmp_path / "flag")
+    assert len(events(tmp_path / "run", "diverged")) == 1
+    notices.reset()
+    train(tmp_path / "run", tmp_path / "flag")
+    assert endings.differing(endings.ending(tmp_path / "whole"), endings.ending(tmp_path / "run")) == []
+
+
 def test_what_the_body_and_the_samplers_moved_before_going_back_is_as_if_it_had_not(tmp_path: Path) -> None:
     """A scheduler stepped by the rest of the body, a batch sampler that counts its rounds: all begin again."""
 
