@@ -10,10 +10,11 @@ The house, floor by floor; a room imports only from floors below it (a test read
              data/        the order of data as a pure function; batches from any data
              metrics/     history, running averages, early stopping
     floor 3  manager/     StateManager: state/ and snapshot/ meet here, and nowhere else
-    floor 4  loop/        Run: epochs, batches, notices, progress, drift
+    floor 4  loop/        Run: epochs, batches, notices, divergence, progress, drift
     floor 5  trainer/     Trainer, written with Run; its compiled steps
              proof/       a job killed on purpose, or replayed, and compared: doctor, verify --replay
              report/      read-only views of a run
+             service/     staying alive: the supervisor; texts for systemd, cron, Slurm, Kubernetes
     floor 6  cli/         one file per command
 
 Public names load on first use, so that commands that only look never import torch.

@@ -106,7 +106,7 @@ def test_a_run_that_goes_back_equals_one_that_never_saw_the_batch(tmp_path: Path
 
 
 class Noticed:
-    """Batches of tensors, one of them no numbers; a SIGTERM comes while the one after it is loaded, but for the flag."""
+    """Batches of tensors, one of them no numbers; a SIGTERM comes while the one after it is loaded once."""
 
     def __init__(self, flag: Path) -> None:
         self.flag = flag
