@@ -9,7 +9,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from benchmarks import gpu, growth, loops, machine, restarting, restoring, snapshots
+from benchmarks import gpu, growth, looking, loops, machine, restarting, restoring, snapshots
 from benchmarks.table import Report, Row
 from benchmarks.timing import ArmError, Bench
 
@@ -30,6 +30,7 @@ GROUPS: dict[str, Callable[[Bench], Iterator[Row]]] = {
     "restart": restarting.restarts,
     "frozen": snapshots.frozen,
     "growth": growth.growths,
+    "looking": looking.lookers,
     "tensors": snapshots.many_tensors,
     "memory": snapshots.memory,
 }

@@ -9,7 +9,7 @@ The house, floor by floor; a room imports only from floors below it (a test read
              state/       what a run is in memory: parts, generators, stable copies
              data/        the order of data as a pure function; batches from any data
              metrics/     history, running averages, early stopping
-    floor 3  manager      StateManager: state/ and snapshot/ meet here, and nowhere else
+    floor 3  manager/     StateManager: state/ and snapshot/ meet here, and nowhere else
     floor 4  loop/        Run: epochs, batches, notices, progress, drift
     floor 5  trainer/     Trainer, written with Run; its compiled steps
              proof/       a job killed on purpose, or replayed, and compared: doctor, verify --replay

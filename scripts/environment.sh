@@ -4,7 +4,7 @@
 repository=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 python="$repository/.venv/bin/python"
 # Tests that concern the commit, recovery, lock and journal code: scripts/coverage runs them, and scripts/test the rest.
-covered_tests=(tests/durable tests/snapshot tests/state tests/loop tests/formats tests/cli/test_export.py tests/cli/test_import.py tests/cli/test_prune.py tests/test_manager.py tests/test_restoring.py)
+covered_tests=(tests/durable tests/snapshot tests/state tests/loop tests/formats tests/cli/test_export.py tests/cli/test_import.py tests/cli/test_prune.py tests/manager)
 
 say() { printf '== %s\n' "$*"; }
 

@@ -33,9 +33,9 @@ if TYPE_CHECKING:
 
 ROOT = Path(__file__).resolve().parents[1]
 TESTS = {
-    "snapshot/committer.py": ["snapshot/test_committer.py", "test_manager.py"],
+    "snapshot/committer.py": ["snapshot/test_committer.py", "manager/test_manager.py"],
     "durable/journal.py": ["durable/test_journal.py"],
-    "durable/lock.py": ["durable/test_lock.py", "test_manager.py"],
+    "durable/lock.py": ["durable/test_lock.py", "manager/test_manager.py"],
     "durable/files.py": ["durable/test_files.py", "snapshot/test_committer.py"],
     "snapshot/store.py": ["snapshot/test_choosing.py", "snapshot/test_snapshot.py", "snapshot/test_committer.py"],
     "durable/digest.py": ["durable/test_digest.py", "snapshot/test_choosing.py"],

@@ -27,7 +27,8 @@ from typing import Any
 REPOSITORY = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(REPOSITORY), str(REPOSITORY / "tests" / "resume")]
 
-from resumable_trainer.metrics.goodput import account, in_words
+from resumable_trainer.metrics.account import Account
+from resumable_trainer.metrics.goodput import in_words
 
 KINDS = ("TERM", "KILL", "KILL worker", "hang busy", "hang lock", "hang worker")
 SECONDS_PER_LAUNCH = 0.7
@@ -245,7 +246,7 @@ def main() -> int:
         for epoch, first, last in event["skip"]
         for batch in range(first, last + 1)
     }
-    told = account(events(directory))
+    told = Account.of(events(directory)).goodput()
     forward = seconds_forward(root / "interrupted.ticks", skips)
     known = told.seconds["training"] + told.seconds["saving"]
     print(f"goodput told by the events: {in_words(told)}")

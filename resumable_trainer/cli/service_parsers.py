@@ -4,17 +4,20 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from resumable_trainer.cli.parsing import add_json, add_run_dir
+
 if TYPE_CHECKING:
     import argparse
 
-    Commands = argparse._SubParsersAction[argparse.ArgumentParser]
+    from resumable_trainer.cli.parsing import Commands
 
 
 def add(commands: Commands) -> None:
-    """Declare `runs`, `cron`, `slurm` and `k8s`."""
+    """Declare `systemd`, `runs`, `cron`, `slurm` and `k8s`."""
+    _add_systemd(commands)
     runs = commands.add_parser("runs", help="all runs below a directory: state, progress, best, holder, goodput")
     runs.add_argument("root", nargs="?", default="runs", metavar="ROOT", help="default: runs/")
-    runs.add_argument("--json", action="store_true", help="print JSON for programs")
+    add_json(runs)
     runs.add_argument("--prometheus", metavar="FILE", help="write FILE.prom for node_exporter's textfile collector")
     _add_cron(commands)
     text = "a batch script for Slurm that queues itself again"
@@ -38,11 +41,42 @@ def _add_cron(commands: Commands) -> None:
         parser.add_argument("--strict", action="store_true", help="refuse if what numbers depend on has changed")
 
 
+def _add_systemd(commands: Commands) -> None:
+    actions = {
+        "print": "show the units",
+        "install": "write, enable and start them",
+        "remove": "stop and remove them",
+        "ended": "note how the training ended; for the units",
+    }
+    text = "a run as a unit of systemd: started at boot, watched, restarted"
+    for parser in _about_run(commands, "systemd", text, actions).values():
+        _add_systemd_options(parser)
+
+
+def _add_systemd_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--user", action="store_true", help="units of the user manager")
+    parser.add_argument(
+        "--strict", action="store_true", help="refuse to continue if what numbers depend on has changed"
+    )
+    parser.add_argument("--no-start", action="store_true", help="install: enable it for the next boot, do not start it")
+    parser.add_argument(
+        "--hang-timeout",
+        type=int,
+        default=1800,
+        metavar="S",
+        help="silence that counts as a hang, until the pace of the run has been learned (default: 1800)",
+    )
+    add_json(parser)
+
+
 def _about_run(commands: Commands, name: str, text: str, actions: dict[str, str]) -> dict[str, argparse.ArgumentParser]:
     """A command of several actions upon a run; each a parser, so that options may stand before the run."""
-    parser = commands.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".")
+    parser = commands.add_parser(name, help=text, description=f"{text[0].upper()}{text[1:]}.")
     choices = parser.add_subparsers(dest="action", metavar="ACTION", required=True)
-    found = {action: choices.add_parser(action, help=about) for action, about in actions.items()}
+    found = {
+        action: choices.add_parser(action, help=about, description=f"{about[0].upper()}{about[1:]}.")
+        for action, about in actions.items()
+    }
     for one in found.values():
-        one.add_argument("run_dir", nargs="?", metavar="RUN_DIR", help="default: the most recent run below runs/")
+        add_run_dir(one)
     return found

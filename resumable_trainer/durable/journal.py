@@ -30,11 +30,13 @@ from resumable_trainer.durable.files import TEMPORARY_PREFIX, Files, NewFile
 from resumable_trainer.errors import SnapshotWriteError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Collection, Iterator, Mapping
     from pathlib import Path
 
 _CHUNK_BYTES = 1 << 19
 _BUFFER_BYTES = 1 << 16
+_BLOCK_BYTES = 1 << 16  # read at once from the end: some hundred events
+_SHOWN_BYTES = 60
 _encode = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"), allow_nan=False).encode
 _escape = json.JSONEncoder(ensure_ascii=True, separators=(",", ":"), allow_nan=False).encode
 
@@ -368,14 +370,80 @@ def read_rows(path: Path) -> Iterator[dict[str, Any]]:
         ValueError: A line in the middle is damaged; the message names it.
         OSError: It cannot be read.
     """
+    return (row for _, row in rows_after(path, 0))
+
+
+def rows_after(path: Path, offset: int) -> Iterator[tuple[int, dict[str, Any]]]:
+    """The rows behind a place, oldest first, each with the offset of its end.
+
+    Args:
+        path: The journal.
+        offset: 0, or where some row ends, in bytes.
+
+    Raises:
+        ValueError: A line in the middle is damaged; the message names it.
+        OSError: It cannot be read.
+    """
+    after = f" after byte {offset}" if offset else ""
     with reading(path) as file:
+        file.seek(offset)
         for number, line in enumerate(file, start=1):
             if not line.endswith(b"\n"):
                 return
-            try:
-                row = _decode(line.decode())
-            except (ValueError, RecursionError) as error:
-                raise ValueError(f"{path} line {number} is damaged: {error}") from error
-            if not isinstance(row, dict):
-                raise ValueError(f"{path} line {number} is damaged: it is no object")
-            yield row
+            offset += len(line)
+            yield offset, _parsed(line, f"{path} line {number}{after}")
+
+
+def read_rows_from_end(path: Path, *, holding: Collection[bytes] = ()) -> Iterator[dict[str, Any]]:
+    """The rows of a journal, newest first; a torn last line is left out. Reads in blocks, no further than asked for.
+
+    Args:
+        path: The journal.
+        holding: Only rows whose line holds one of these are parsed and given; all rows if there are none.
+
+    Raises:
+        ValueError: The line that is next is damaged; the message shows it.
+        OSError: It cannot be read.
+    """
+    with reading(path) as file:
+        for line in _lines_from_end(file.fileno(), os.fstat(file.fileno()).st_size, holding):
+            if _holds(line, holding):
+                yield _parsed(line, f"{path} line {line[:_SHOWN_BYTES]!r}")
+
+
+def _parsed(line: bytes, name: str) -> dict[str, Any]:
+    try:
+        row = _decode(line.decode())
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{name} is damaged: {error}") from error
+    if not isinstance(row, dict):
+        raise ValueError(f"{name} is damaged: it is no object")
+    return row
+
+
+def _holds(data: bytes, pieces: Collection[bytes]) -> bool:
+    return not pieces or any(piece in data for piece in pieces)
+
+
+def _lines_from_end(fd: int, size: int, holding: Collection[bytes]) -> Iterator[bytes]:
+    """Full lines, the last first; of a block that holds none of the pieces only those that go on beyond it."""
+    end = _length_of_full_lines(fd, size) - 1  # without the last newline, newlines stand between lines
+    later: list[bytes] = []  # pieces of the line that goes on behind the block, the last piece first
+    while end >= 0:
+        start = max(0, end - _BLOCK_BYTES)
+        data = os.pread(fd, end - start, start)
+        first, *others = data.split(b"\n") if _holds(data, holding) else _outer_lines(data)
+        if others:
+            later.append(others.pop())
+            yield b"".join(reversed(later))
+            yield from reversed(others)
+            later.clear()
+        later.append(first)
+        end = start or -1
+    if later:
+        yield b"".join(reversed(later))
+
+
+def _outer_lines(data: bytes) -> list[bytes]:
+    first, newline, others = data.partition(b"\n")
+    return [first, others.rpartition(b"\n")[2]] if newline else [first]

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from resumable_trainer.snapshot.layout import Position
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
 
 
 @dataclass
@@ -57,8 +60,7 @@ class Cursor:
             "loops": [[loop.done, loop.over] for loop in self.loops],
         }
 
-    @classmethod
-    def from_state(cls, state: dict[str, Any]) -> Cursor:
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """The way back of `state_dict`."""
-        loops = [BatchLoop(done, over) for done, over in state["loops"]]
-        return cls(state["epoch"], state["batch"], state["step"], loops)
+        self.epoch, self.batch, self.step = state["epoch"], state["batch"], state["step"]
+        self.loops = [BatchLoop(done, over) for done, over in state["loops"]]

@@ -29,6 +29,19 @@ def seconds_needed(costs: Collection[float], longest_silence_seconds: float) -> 
     return max(_AT_LEAST_SECONDS, _SPARE_SECONDS + 2 * percentile_95(costs) + longest_silence_seconds)
 
 
+def longer_than(seconds_left: float | None, costs: Collection[float]) -> float | None:
+    """How long a snapshot usually takes, if that is longer than what is left.
+
+    Args:
+        seconds_left: Until the end; None if no end is known.
+        costs: Seconds from capture to durable of the newest snapshots.
+    """
+    if seconds_left is None or not costs:
+        return None
+    usual = percentile_95(costs)
+    return usual if seconds_left < usual else None
+
+
 def percentile_95(values: Collection[float]) -> float:
     """The smallest value that at least 95 of 100 do not exceed."""
     ordered = sorted(values)

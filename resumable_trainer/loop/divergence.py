@@ -186,11 +186,6 @@ class DivergenceWatch:
         self._blamed, self._last_step = other._blamed, other._last_step
 
 
-def blamed(rows: Sequence[Row], *, until: int, number: int) -> list[Row]:
-    """The last rows up to and including step `until`, at most so many."""
-    return [row for row in rows if row[0] <= until][-number:]
-
-
 def stretches(rows: Sequence[Row]) -> list[tuple[int, int, int]]:
     """Rows as [epoch, first batch, last batch]; batches between them, of which none was logged, are left out too."""
     by_epoch: dict[int, list[int]] = {}

@@ -80,11 +80,6 @@ class Heartbeat:
         )
 
     @property
-    def is_watched(self) -> bool:
-        """Whether anybody listens."""
-        return self._send is not None
-
-    @property
     def longest_seconds(self) -> float:
         """The longest silence of the training thread so far."""
         return self._longest

@@ -8,15 +8,10 @@ gives terms of higher order, which matter only where C is not small against M). 
 
 from __future__ import annotations
 
-from collections import deque
 from dataclasses import dataclass
-from math import inf, sqrt
-from typing import TYPE_CHECKING, Any
+from math import sqrt
 
-from resumable_trainer.metrics.goodput import duration, seconds_of
-
-if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
+from resumable_trainer.metrics.goodput import duration
 
 ASSUMED_SECONDS = 24 * 3600.0  # between interruptions, while none has been seen: one machine lost a day
 FIRST_SECONDS = 60.0  # until a snapshot has been taken, and its cost is known
@@ -58,27 +53,3 @@ def interval_seconds(stall_seconds: float, mean_seconds: float, max_overhead: fl
         max_overhead: Largest share of the training's time that snapshots may take, above 0.
     """
     return max(sqrt(2 * stall_seconds * mean_seconds), stall_seconds / max_overhead, _LEAST_SECONDS)
-
-
-def seen_in(events: Iterable[Mapping[str, Any]]) -> Interruptions:
-    """The interruptions that a run's events tell of: launches that were followed by another before the run's end."""
-    number, seconds = 0, 0.0
-    stalls: deque[float] = deque(maxlen=REMEMBERED)
-    began: float | None = None
-    newest: float | None = None
-    ended = True
-    for event in events:
-        kind, at = event.get("event"), seconds_of(event.get("time"))
-        if at is None:
-            continue
-        if kind == "launched":
-            if began is not None and newest is not None:
-                seconds += max(0.0, newest - began)
-                number += not ended
-            began, ended = at, False
-        elif kind in ("finished", "interrupted") or (kind == "exited" and event.get("code") == 0):
-            ended = True  # the run was done, or a person wanted it so
-        elif kind == "committed" and isinstance(stall := event.get("stall_seconds"), float) and 0 < stall < inf:
-            stalls.append(stall)
-        newest = at
-    return Interruptions(number, seconds, tuple(stalls))

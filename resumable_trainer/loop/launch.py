@@ -11,8 +11,6 @@ import atexit
 import contextlib
 import datetime
 import functools
-import io
-import json
 import os
 import sys
 import sysconfig
@@ -20,14 +18,14 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from resumable_trainer.durable.digest import digest_bytes, reading
-from resumable_trainer.durable.journal import Journal
+from resumable_trainer.durable.digest import digest_bytes
+from resumable_trainer.durable.journal import Journal, read_rows_from_end
 from resumable_trainer.durable.lock import RunLock, read_owner
 from resumable_trainer.errors import RunHeldError
 from resumable_trainer.snapshot.layout import EVENTS, RUN_LOCK
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable, Iterator, Mapping, Sequence
 
     from resumable_trainer.loop.probe import Probe
 
@@ -262,17 +260,22 @@ def _digest_or_none(path: str) -> str | None:
         return None
 
 
-def last_events(directory: Path, kinds: tuple[str, ...]) -> dict[str, dict[str, Any]]:
-    """The newest event of each kind."""
+def events_from_end(directory: Path, kinds: Sequence[str]) -> Iterator[dict[str, Any]]:
+    """A run's events of some kinds, the newest first; no others are parsed."""
     path = directory / EVENTS
-    marks = {kind: f'"event":"{kind}"'.encode() for kind in kinds}
-    newest: dict[str, bytes] = {}
-    with reading(path) if path.exists() else io.BytesIO() as file:
-        for line in file:  # only the newest of each kind is parsed: a long run has many events
-            for kind, mark in marks.items():
-                if mark in line and line.endswith(b"\n"):
-                    newest[kind] = line
-    return {kind: json.loads(line) for kind, line in newest.items()}
+    if path.exists():
+        marks = [f'"event":"{kind}"'.encode() for kind in kinds]
+        yield from (row for row in read_rows_from_end(path, holding=marks) if row.get("event") in kinds)
+
+
+def last_events(directory: Path, kinds: Sequence[str]) -> dict[str, dict[str, Any]]:
+    """The newest event of each kind since the newest launch began; reads back to there, however old the run is."""
+    newest: dict[str, dict[str, Any]] = {}
+    for event in events_from_end(directory, [*kinds, "launched"]):
+        newest.setdefault(event["event"], event)
+        if event["event"] == "launched":
+            break
+    return {kind: newest[kind] for kind in kinds if kind in newest}
 
 
 @dataclass(frozen=True)
@@ -293,8 +296,7 @@ def recorded_start(directory: Path) -> Start | None:
 
     None if it was never started from a script.
     """
-    events = last_events(directory, ("launched", "forked"))
-    newest = events.get("launched") or events.get("forked") or {}
+    newest: dict[str, Any] = next(events_from_end(directory, ("launched", "forked")), {})
     if newest.get("command") is None:
         return None
     named = newest.get("directory")

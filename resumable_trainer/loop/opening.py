@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import datetime
 import json
-import math
 import os
 import secrets
 import socket
-from collections import deque
 from dataclasses import asdict, replace
+from itertools import islice
+from math import inf
 from os import getpid
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,26 +18,25 @@ from resumable_trainer.durable.digest import reading
 from resumable_trainer.durable.files import make_directories, move_directory, write_replacing
 from resumable_trainer.durable.journal import Mark, read_rows
 from resumable_trainer.errors import DamagedSnapshotError, SnapshotGoneError
-from resumable_trainer.loop import identity, interval, launch
+from resumable_trainer.loop import identity, launch
+from resumable_trainer.loop.accounting import Accounting
 from resumable_trainer.loop.cursor import BatchLoop, Cursor
 from resumable_trainer.loop.heartbeat import Heartbeat
+from resumable_trainer.loop.interval import REMEMBERED, Interruptions
 from resumable_trainer.loop.record import EMPTY_MARK_DIGEST
 from resumable_trainer.metrics import goodput as goodputs
+from resumable_trainer.metrics.account import Account
 from resumable_trainer.snapshot import strict_json
 from resumable_trainer.snapshot.layout import EVENTS, METRICS, QUARANTINE, RUN_JSON
 from resumable_trainer.state import generators
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
-
-    from resumable_trainer.loop.interval import Interruptions
     from resumable_trainer.loop.launch import Command
     from resumable_trainer.loop.record import Record
     from resumable_trainer.manager import RestoreReport, StateManager
     from resumable_trainer.snapshot.manifest import Manifest
     from resumable_trainer.snapshot.retention import Retention
 
-_MAX_EVENTS_BYTES = 32 << 20
 _COSTS = 50
 _MAX_BYTES = 1 << 20  # of run.json, which is written once and says who the run is
 
@@ -90,7 +89,8 @@ def known_run_id(manager: StateManager) -> str | None:
 
 
 def note_launch(manager: StateManager, command: Command, retention: Retention) -> None:
-    """The event from which `resume` learns what to start, and `prune` what is to stay."""
+    """The event from which `resume` learns what to start, and `prune` what is to stay; from it on accounts are kept."""
+    manager.on_event = Accounting(manager.note, tell=manager.on_event).heard
     recorded = command.to_json() if command.script or command.module else None
     before = manager.lock.previous
     manager.note(
@@ -140,35 +140,45 @@ def start_afresh(record: Record, seed: int) -> None:
 
 def lost_snapshots(directory: Path) -> list[str]:
     """One line if snapshots were committed here and none is left; a run never starts over silently."""
-    events = launch.last_events(directory, ("committed", "set_aside"))
-    if "committed" not in events or "set_aside" in events:
+    newest = next(launch.events_from_end(directory, ("committed", "set_aside")), None)
+    if newest is None or newest["event"] == "set_aside":
         return []
-    name = events["committed"]["snapshot"]
-    return [f"warning {name} was committed here and is gone, with all others: starting over from nothing"]
+    return [f"warning {newest['snapshot']} was committed here and is gone, with all others: starting over from nothing"]
 
 
 def interruptions(directory: Path) -> Interruptions:
-    """What the run's events tell of its interruptions; reads all of them."""
-    return interval.seen_in(read_rows(directory / EVENTS))
+    """What the run's events tell of its interruptions."""
+    account = Account.read(directory / EVENTS)
+    return Interruptions(account.interrupted, account.ran_seconds, tuple(_stalls(directory)))
+
+
+def _stalls(directory: Path) -> list[float]:
+    """What the newest snapshots took from training, in seconds."""
+    committed = launch.events_from_end(directory, ("committed",))
+    stalls = (row.get("stall_seconds") for row in committed)
+    known = (stall for stall in stalls if isinstance(stall, float) and 0 < stall < inf)
+    return list(islice(known, REMEMBERED))[::-1]
 
 
 def snapshot_costs(directory: Path) -> list[float]:
     """Seconds from capture to durable of the newest snapshots, earlier launches included, as far as can be read."""
-    costs: deque[float] = deque(maxlen=_COSTS)
+    costs: list[float] = []
     try:
-        for row in read_rows(directory / EVENTS):
-            if row.get("event") == "committed" and isinstance(row.get("seconds"), float):
+        for row in launch.events_from_end(directory, ("committed",)):
+            if len(costs) == _COSTS:
+                break
+            if isinstance(row.get("seconds"), float):
                 costs.append(row["seconds"] + (row.get("stall_seconds") or 0.0))
     except (OSError, ValueError, TypeError):
-        pass  # what was read before a damaged line is as good
-    return list(costs)
+        pass  # what is newer than a damaged line is as good
+    return costs[::-1]
 
 
 def heartbeat(manager: StateManager) -> Heartbeat:
     """The signs of life of this run, with what earlier launches have learned of its pace."""
     if not os.environ.get("NOTIFY_SOCKET"):
         return Heartbeat(None)
-    gap = launch.last_events(manager.directory, ("paced",)).get("paced", {}).get("longest_gap_seconds")
+    gap = Account.read(manager.directory / EVENTS).longest_gap_seconds
     return Heartbeat.of_process(
         os.environ,
         longest_gap_seconds=float(gap) if isinstance(gap, int | float) and 0 < gap < 1e6 else None,
@@ -177,15 +187,12 @@ def heartbeat(manager: StateManager) -> Heartbeat:
 
 
 def goodput(directory: Path) -> list[str]:
-    """One line: which share of the time moved the run forward. Not of very long events, which take long to read."""
-    path = directory / EVENTS
+    """One line: which share of the time moved the run forward."""
     try:
-        if path.stat().st_size > _MAX_EVENTS_BYTES:
-            return []
-        account = goodputs.account(read_rows(path))
+        account = Account.read(directory / EVENTS)
     except (OSError, ValueError):
         return []
-    return [f"goodput {goodputs.in_words(account)}"]
+    return [f"goodput {goodputs.in_words(account.goodput())}"] if account.launches else []
 
 
 def with_loop(report: RestoreReport, record: Record, seed: int) -> RestoreReport:
@@ -251,14 +258,3 @@ def _free(parent: Path, name: str) -> Path:
     while path.exists():
         path, number = parent / f"{name}.{number}", number + 1
     return path
-
-
-def json_values(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Plain values with NaN and infinities as words, as they come back from a manifest."""
-    return {name: _word(value) for name, value in values.items()}
-
-
-def _word(value: Any) -> Any:
-    if isinstance(value, float) and not math.isfinite(value):
-        return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
-    return value

@@ -7,9 +7,10 @@ of a run never killed, byte for byte.
 
 from __future__ import annotations
 
+from itertools import islice
 from typing import TYPE_CHECKING, Any
 
-from resumable_trainer.durable.journal import Journal, Mark, read_rows
+from resumable_trainer.durable.journal import Journal, Mark, read_rows_from_end
 from resumable_trainer.errors import UsageError
 from resumable_trainer.loop.divergence import DivergenceWatch, OnDivergence
 from resumable_trainer.loop.rows import StepRows
@@ -116,11 +117,12 @@ class Record:
             last = (max(0, position.step - 1), position.epoch, max(0, position.batch - 1))
             self.watch.look([last], [self._epoch_values[settings.metric]])
 
-    def step_rows(self) -> list[tuple[int, int, int]]:
-        """Step, epoch and batch of every row of a step so far; reads the journal."""
+    def last_steps(self, *, until: int, number: int) -> list[tuple[int, int, int]]:
+        """Step, epoch and batch of the last rows of steps up to and including step `until`, at most so many."""
         self.show_rows()
-        rows = read_rows(self._path)
-        return [(row["step"], row["epoch"], row["batch"]) for row in rows if row["row"] == "step"]
+        rows = read_rows_from_end(self._path, holding=(b'"row":"step"',))
+        found = ((row["step"], row["epoch"], row["batch"]) for row in rows)
+        return list(islice((at for at in found if at[0] <= until), number))[::-1]
 
     def end_epoch(self, position: Position) -> dict[str, float]:
         """Write the epoch's row, update best and early stopping; the row's values.

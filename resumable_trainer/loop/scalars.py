@@ -6,7 +6,8 @@ its own device, which only queues a kernel; all of them are read together when r
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import math
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -82,3 +83,14 @@ def read_list(values: list[PendingScalar]) -> list[Scalar]:
         for place, number in zip(places, stacked.tolist(), strict=True):
             values[place] = int(number) if isinstance(number, bool) else number
     return values  # type: ignore[return-value] # only numbers are left
+
+
+def json_values(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Plain values with NaN and infinities as words, as they come back from a manifest."""
+    return {name: _word(value) for name, value in values.items()}
+
+
+def _word(value: Any) -> Any:
+    if isinstance(value, float) and not math.isfinite(value):
+        return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
+    return value

@@ -102,7 +102,7 @@ class Examiner:
 
     def _look(self, place: Place, run: Run, batch: Any, seconds: float) -> None:
         # What runs before an epoch's batches runs again in a resume within it: there the count is of no account.
-        is_before = place in ("evaluating", "logged") and not run._loop_number
+        is_before = place in ("evaluating", "logged") and not run._loops.number
         counts = (run.epoch, 0 if is_before else run.batch)
         if counts != self._counts:
             self._counts, self._met = counts, Counter()
@@ -122,7 +122,7 @@ class Examiner:
 
     def _variables(self) -> dict[str, tuple[str, str]]:
         assert self._run is not None
-        return Variables([*self._run._state.values(), self._run]).look(sys._getframe(2))
+        return Variables([*self._run._settings.state.values(), self._run]).look(sys._getframe(2))
 
     def _freeze(self, run: Run) -> None:
         """Keep the run directory as a kill would leave it now, once the first snapshot is there."""
@@ -139,7 +139,7 @@ class Examiner:
     def _end(self, run: Run) -> None:
         """The run is over: what the script does afterwards is its own affair, and is not done here."""
         begin = self._clock()
-        run._manager.stage(run.captured())
+        run._keeper.manager.stage(run.captured())
         self._tell("stall_seconds", value=self._clock() - begin)
         self._tell("outcome", value=run.outcome)
         sys.stdout.flush()

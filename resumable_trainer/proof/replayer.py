@@ -63,7 +63,7 @@ class Replayer:
                 os.kill(os.getpid(), signal.SIGTERM)
         elif place == "batch" and self._epochs is None and run.step == self._step - 1:
             run.snapshot()
-        if place in ("step", "epoch") and run._manager.latest == self._trial.replay_to:
+        if place in ("step", "epoch") and run._keeper.manager.latest == self._trial.replay_to:
             self._end("made")
         if run.step > self._step or (place == "epoch" and run.outcome is not None):
             self._end("passed")

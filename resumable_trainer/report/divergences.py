@@ -5,23 +5,21 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from resumable_trainer.loop.divergence import in_words as skips_in_words
+from resumable_trainer.loop.launch import events_from_end
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
+    from pathlib import Path
 
 _FIELDS = ("step", "epoch", "batch", "name", "value", "action", "back_to", "skip")
 
 
-def divergences(events: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Each divergence once, the newest last; a run that was killed finds the same one again."""
+def divergences(directory: Path) -> list[dict[str, Any]]:
+    """Each divergence of a run once, the newest last; a run that was killed finds the same one again."""
     found: dict[str, dict[str, Any]] = {}
-    for row in events:
-        if row.get("event") == "diverged":
-            fields = {name: row.get(name) for name in _FIELDS}
-            key = str([fields[name] for name in ("step", "epoch", "batch", "action", "skip")])
-            found.pop(key, None)
-            found[key] = fields
-    return list(found.values())
+    for row in events_from_end(directory, ("diverged",)):
+        fields = {name: row.get(name) for name in _FIELDS}
+        found.setdefault(str([fields[name] for name in ("step", "epoch", "batch", "action", "skip")]), fields)
+    return list(found.values())[::-1]
 
 
 def in_words(divergence: dict[str, Any]) -> str:

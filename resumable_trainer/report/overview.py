@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Any
 from resumable_trainer.durable.files import TEMPORARY_PREFIX
 from resumable_trainer.durable.lock import is_alive, read_owner
 from resumable_trainer.errors import DamagedSnapshotError, SnapshotGoneError
-from resumable_trainer.report.summary import events_of, goodput_of, is_run, place_of, state_at_rest
-from resumable_trainer.snapshot.layout import RUN_LOCK
+from resumable_trainer.metrics.account import Account
+from resumable_trainer.report.summary import goodput_of, is_run, place_of, state_of
+from resumable_trainer.snapshot.layout import EVENTS, RUN_LOCK
 from resumable_trainer.snapshot.store import Store
 
 if TYPE_CHECKING:
@@ -79,12 +80,12 @@ def _line(directory: Path) -> Line:
         owner = read_owner(directory / RUN_LOCK)
         holder = owner if owner is not None and is_alive(owner) is not False else None
         newest = _newest(directory)
-        rows = events_of(directory)
+        account = Account.read(directory / EVENTS)
     except (OSError, ValueError):
         return Line(directory, "unreadable")
-    account = goodput_of(rows, owner, is_running=holder is not None)
-    state = "running" if holder is not None else state_at_rest(rows, newest)
-    return Line(directory, state, newest, holder, account)
+    is_running = holder is not None
+    state = state_of(account, newest, is_running=is_running)
+    return Line(directory, state, newest, holder, goodput_of(account, owner, is_running=is_running))
 
 
 def _newest(directory: Path) -> Manifest | None:

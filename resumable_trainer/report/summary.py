@@ -11,17 +11,18 @@ from typing import TYPE_CHECKING, Any
 
 from resumable_trainer.durable.digest import reading
 from resumable_trainer.durable.files import TEMPORARY_PREFIX
-from resumable_trainer.durable.journal import read_rows
+from resumable_trainer.durable.journal import read_rows_from_end
 from resumable_trainer.durable.lock import Owner, is_alive, read_owner
 from resumable_trainer.errors import DamagedSnapshotError, NotFoundError, SnapshotGoneError
-from resumable_trainer.metrics import goodput
+from resumable_trainer.metrics.account import NOTED, Account
+from resumable_trainer.metrics.goodput import seconds_of
 from resumable_trainer.report.divergences import divergences
 from resumable_trainer.snapshot import strict_json
 from resumable_trainer.snapshot.layout import EVENTS, RUN_JSON, RUN_LOCK, SNAPSHOTS, parse_name
 from resumable_trainer.snapshot.store import Store
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Sequence
 
     from resumable_trainer.metrics.goodput import Goodput
     from resumable_trainer.snapshot.manifest import Manifest
@@ -118,13 +119,10 @@ def most_recent(root: Path = DEFAULT_ROOT) -> Path:
 
 
 def last_event(directory: Path, *, passing_over: Sequence[str] = ()) -> dict[str, Any] | None:
-    """The newest event of a run, of other kinds than those passed over."""
+    """The newest event of a run, of other kinds than those passed over; that accounts were kept is none."""
     path = directory / EVENTS
-    last = None
-    for row in read_rows(path) if path.exists() else ():
-        if row.get("event") not in passing_over:
-            last = row
-    return last
+    rows = read_rows_from_end(path) if path.exists() else ()
+    return next((row for row in rows if row.get("event") not in (NOTED, *passing_over)), None)
 
 
 def origin(directory: Path) -> dict[str, Any]:
@@ -262,36 +260,30 @@ def summarize(directory: Path) -> RunSummary:
     require_run(directory)
     owner = read_owner(directory / RUN_LOCK)
     holder = owner if owner is not None and is_alive(owner) is not False else None
-    newest, rows = newest_valid(directory), events_of(directory)
-    state = "running" if holder is not None else state_at_rest(rows, newest)
-    event = rows[-1] if rows else None
-    account = goodput_of(rows, owner, is_running=holder is not None)
-    return RunSummary(directory, state, newest, holder, event, origin(directory), divergences(rows), account)
+    newest, account = newest_valid(directory), Account.read(directory / EVENTS)
+    return RunSummary(
+        directory,
+        state_of(account, newest, is_running=holder is not None),
+        newest,
+        holder,
+        last_event(directory),
+        origin(directory),
+        divergences(directory),
+        goodput_of(account, owner, is_running=holder is not None),
+    )
 
 
-def events_of(directory: Path) -> list[dict[str, Any]]:
-    """All events of a run, oldest first."""
-    path = directory / EVENTS
-    return list(read_rows(path)) if path.exists() else []
-
-
-def goodput_of(events: Sequence[Mapping[str, Any]], owner: Owner | None, *, is_running: bool) -> Goodput:
+def goodput_of(account: Account, owner: Owner | None, *, is_running: bool) -> Goodput:
     """Where a run's time went."""
-    seen = None if owner is None else goodput.seconds_of(owner.seen)
-    return goodput.account(events, now=time.time() if is_running else None, seen=seen)
+    seen = None if owner is None else seconds_of(owner.seen)
+    return account.goodput(now=time.time() if is_running else None, seen=seen)
 
 
-def state_at_rest(events: Sequence[Mapping[str, Any]], newest: Manifest | None) -> str:
-    """The state of a run that nobody holds: the newest snapshot's outcome, or how the last launch ended."""
-    for row in reversed(events):
-        event = row.get("event")
-        if event == "launched":
-            break
-        if event == "failed":
-            return "failed"
-        if event == "finished":
-            return str(row.get("outcome"))
-    return newest.outcome if newest is not None and newest.outcome is not None else "interrupted"
+def state_of(account: Account, newest: Manifest | None, *, is_running: bool) -> str:
+    """The state of a run: if nobody holds it, how the last launch ended, or the newest snapshot's outcome."""
+    if is_running:
+        return "running"
+    return account.said or (newest.outcome if newest is not None else None) or "interrupted"
 
 
 def place_of(newest: Manifest | None) -> dict[str, Any]:

@@ -2,8 +2,9 @@
 
 A killed supervisor's training gets a SIGTERM (`process`), saves and leaves. One that hangs, or is still being set up,
 does not follow it, and would hold the run for ever with nobody to end it. Run as a script of its own with nothing but
-the standard library, so that it costs little memory: it reads the number of each process that the supervisor starts
-(0 when that has ended) from standard input, whose end means that the supervisor is gone.
+the standard library, so that it costs little memory, and nobody's child, so that the training stays the supervisor's
+only one: it reads the number of each process that the supervisor starts (0 when that has ended) from standard input,
+whose end means that the supervisor is gone.
 """
 
 from __future__ import annotations
@@ -33,10 +34,11 @@ class Guardian:
             [sys.executable, "-I", "-S", str(Path(__file__).resolve()), str(grace_seconds)],
             cwd="/",  # it keeps no file system busy
             stdin=subprocess.PIPE,
-            stdout=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
             start_new_session=True,  # Ctrl-C is not meant for it
         )
+        self._process.wait()
 
     def watch(self, pid: int) -> None:
         """A training was started; 0: it has ended. Best effort: without a guardian the run goes on all the same."""
@@ -45,8 +47,12 @@ class Guardian:
             os.write(self._process.stdin.fileno(), f"{pid}\n".encode())
 
     def close(self) -> None:
-        """Nothing is left to guard."""
-        self._process.communicate()
+        """Nothing is left to guard; waits for its end."""
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        self._process.stdin.close()
+        with self._process.stdout as told:
+            told.read()  # nothing, until it has ended
 
 
 def main(grace_seconds: float) -> None:
@@ -74,4 +80,6 @@ def _wait(pid: int, seconds: float) -> None:
 
 
 if __name__ == "__main__":
+    if os.fork():
+        os._exit(0)
     main(float(sys.argv[1]))

@@ -25,10 +25,10 @@ from lab import Count
 from oracle import order
 from scenarios import Scenario, Training, Values, manager_of, name_of, save
 
-from resumable_trainer import manager as manager_module
 from resumable_trainer.durable import lock as lock_module
 from resumable_trainer.errors import ResumableTrainerError, RunHeldError
 from resumable_trainer.loop import launch, opening
+from resumable_trainer.manager import held
 from resumable_trainer.snapshot.store import Store
 
 if TYPE_CHECKING:
@@ -177,7 +177,7 @@ def jumping_clock(chance: random.Random) -> Iterator[None]:
 
     with contextlib.ExitStack() as stack:
         stack.enter_context(patch.object(time, "time", now))
-        for module in (manager_module, lock_module, launch, opening):
+        for module in (held, lock_module, launch, opening):
             stack.enter_context(patch.object(module, "datetime", Module))
         yield
 

@@ -198,7 +198,7 @@ class _Durable:
     """Acknowledges what the run has called durable since it was asked last."""
 
     def __init__(self, run: Run, acknowledge: Acknowledge) -> None:
-        self._manager, self._acknowledge, self._told = run._manager, acknowledge, run._manager.latest
+        self._manager, self._acknowledge, self._told = run._keeper.manager, acknowledge, run._keeper.manager.latest
 
     def tell(self) -> None:
         latest = self._manager.latest

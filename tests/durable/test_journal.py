@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from resumable_trainer.durable import journal as journal_module
 from resumable_trainer.durable.digest import digest_bytes
 from resumable_trainer.durable.files import Files
-from resumable_trainer.durable.journal import Journal, Mark, read_rows
+from resumable_trainer.durable.journal import Journal, Mark, encode_row, read_rows, read_rows_from_end, rows_after
 from resumable_trainer.errors import SnapshotWriteError
 
 if TYPE_CHECKING:
@@ -228,6 +228,62 @@ def test_a_line_that_is_no_strict_json_object_is_damage(tmp_path: Path, line: by
     assert next(rows) == {}
     with pytest.raises(ValueError, match="j line 2 is damaged"):
         next(rows)
+
+
+@given(
+    texts=st.lists(st.text(max_size=12), max_size=8),
+    torn=st.sampled_from([b"", b"{", b'{"text":"\xc3']),
+    block=st.integers(1, 200),
+)
+def test_rows_read_from_the_end_are_those_read_from_the_beginning(
+    tmp_path_factory: pytest.TempPathFactory, texts: list[str], torn: bytes, block: int
+) -> None:
+    """Whatever the blocks: rows longer than one, characters and words cut by their borders, a torn last line."""
+    path = tmp_path_factory.mktemp("journal") / "j"
+    rows = [{"event": "odd" if number % 2 else "even", "text": text} for number, text in enumerate(texts)]
+    path.write_bytes(b"".join(map(encode_row, rows)) + torn)
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(journal_module, "_BLOCK_BYTES", block)
+        assert list(read_rows_from_end(path)) == list(read_rows(path))[::-1] == rows[::-1]
+        odd = read_rows_from_end(path, holding=(b'"event":"odd"', b"\xff"))
+        assert list(odd) == [row for row in rows[::-1] if row["event"] == "odd"]
+
+
+def test_a_row_of_many_blocks_is_read_from_the_end(tmp_path: Path) -> None:
+    rows = [{"a": 1}, {"text": "\u00e9\U0001f600" * 200_000}, {"a": 2}]
+    (tmp_path / "j").write_bytes(b"".join(map(encode_row, rows)))
+    assert list(read_rows_from_end(tmp_path / "j")) == rows[::-1]
+    assert list(read_rows_from_end(tmp_path / "j", holding=[b'"text"'])) == [rows[1]]
+
+
+@pytest.mark.parametrize("line", [b'{"a":NaN}', b"[" * 100_000, b"\xff{}", b"[]", b""])
+def test_damage_is_told_from_the_end_when_it_is_come_to(tmp_path: Path, line: bytes) -> None:
+    path = tmp_path / "j"
+    path.write_bytes(b'{"a":1}\n' + line + b'\n{"b":2}\n')
+    rows = read_rows_from_end(path)
+    assert next(rows) == {"b": 2}
+    with pytest.raises(ValueError, match=r"j line b.* is damaged"):
+        next(rows)
+    assert list(read_rows_from_end(path, holding=[b'"b"'])) == [{"b": 2}], "what is not asked for is not parsed"
+
+
+def test_no_more_is_read_from_the_end_than_is_asked_for(tmp_path: Path) -> None:
+    """Behind a megabyte that is no row at all."""
+    path = tmp_path / "j"
+    with path.open("wb") as file:
+        file.seek(1 << 20)
+        file.write(b'\n{"a":1}\n{"a":2}\n')
+    rows = read_rows_from_end(path)
+    assert [next(rows), next(rows)] == [{"a": 2}, {"a": 1}]
+
+
+def test_rows_are_read_from_where_another_ends(tmp_path: Path) -> None:
+    (tmp_path / "j").write_bytes(b'{"a":1}\n{"a":2}\nxx\n')
+    rows = rows_after(tmp_path / "j", 8)
+    assert next(rows) == (16, {"a": 2})
+    with pytest.raises(ValueError, match="j line 2 after byte 8 is damaged"):
+        next(rows)
+    assert list(rows_after(tmp_path / "j", 1000)) == []
 
 
 class FaultyOnce(Files):

@@ -22,9 +22,9 @@ if __name__ == "__main__":
 import torch
 from frozen_job import Died, Job
 
-from resumable_trainer import manager
 from resumable_trainer.durable import lock
 from resumable_trainer.loop import identity, launch, opening, run
+from resumable_trainer.manager import held, saving
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -61,8 +61,8 @@ def _labels() -> Iterator[tuple[Any, str, Any]]:
             return 0.0
 
     owner = lock.Owner("host", 4242, "boot", "1", NOW, 1, command=str(COMMAND))
-    yield manager, "_now", lambda: NOW
-    yield manager, "time", Clock
+    yield held, "now", lambda: NOW
+    yield saving, "time", Clock
     yield run, "time", Clock
     yield lock, "_myself", lambda generation, command: owner
     yield opening.secrets, "token_hex", lambda num_bytes: RUN_ID[: 2 * num_bytes]

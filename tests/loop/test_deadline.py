@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING
 from hypothesis import given
 from hypothesis import strategies as st
 
+from resumable_trainer.durable.journal import encode_row
 from resumable_trainer.loop import opening
-from resumable_trainer.loop.deadline import UNKNOWN_SECONDS, percentile_95, seconds_needed
+from resumable_trainer.loop.deadline import UNKNOWN_SECONDS, longer_than, percentile_95, seconds_needed
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -49,6 +50,14 @@ def test_one_slow_snapshot_of_twenty_is_left_out_and_two_are_not() -> None:
     assert percentile_95([1.0] * 18 + [9.0] * 2) == 9.0
 
 
+def test_a_snapshot_that_usually_takes_longer_than_is_left_is_told() -> None:
+    assert longer_than(8.0, [1.0] * 18 + [9.0] * 2) == 9.0
+    assert longer_than(8.0, [1.0] * 19 + [9.0]) is None, "one slow snapshot of twenty is not what they usually take"
+    assert longer_than(1.0, [1.0]) is None
+    assert longer_than(-1.0, []) is None, "none has been saved yet"
+    assert longer_than(None, [1.0]) is None, "no end is known"
+
+
 def test_a_job_whose_end_is_a_day_away_trains(tmp_path: Path) -> None:
     """Nothing is known of its snapshots yet: that is no reason to leave."""
     (tmp_path / "job.py").write_text(JOB)
@@ -62,6 +71,18 @@ def test_a_job_whose_end_is_a_day_away_trains(tmp_path: Path) -> None:
     costs = opening.snapshot_costs(tmp_path / "run")
     assert len(costs) == 2
     assert all(cost > 0 for cost in costs)
+
+
+def test_the_newest_snapshots_alone_tell_of_costs(tmp_path: Path) -> None:
+    """Of all launches, and in the order in which they were taken; what lies behind them is not looked at."""
+    rows = [{"event": "committed", "seconds": float(number), "stall_seconds": 0.5} for number in range(60)]
+    lines = [b"no json, though committed: " + b'"event":"committed"\n']
+    for number, row in enumerate(rows):
+        lines += [encode_row(row), encode_row({"event": "launched" if number % 7 == 0 else "training"})]
+    (tmp_path / "events.jsonl").write_bytes(b"".join(lines))
+    assert opening.snapshot_costs(tmp_path) == [number + 0.5 for number in range(10, 60)]
+    (tmp_path / "events.jsonl").write_bytes(b"".join(lines[:3]))
+    assert opening.snapshot_costs(tmp_path) == [0.5]
 
 
 def test_events_that_cannot_be_read_tell_of_no_costs(tmp_path: Path) -> None:

@@ -21,8 +21,11 @@ from small import Killed, Small, killed_at
 
 from resumable_trainer import DivergedError, OnDivergence, Preempted, Run, SettingsError, SnapshotPolicy, Trainer
 from resumable_trainer.cli.main import main
-from resumable_trainer.loop.divergence import DivergenceWatch, blamed, in_words, merged, stretches
+from resumable_trainer.durable.files import Files
+from resumable_trainer.loop.divergence import DivergenceWatch, in_words, merged, stretches
 from resumable_trainer.loop.notices import notices
+from resumable_trainer.loop.record import Record
+from resumable_trainer.snapshot.layout import Position
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -90,7 +93,7 @@ def test_a_run_that_goes_back_equals_one_that_never_saw_the_batch(tmp_path: Path
 
     class Knowing(Small):
         def train_epoch(self, run: Run) -> None:
-            run._record.watch.skips = skips  # left out from the beginning
+            run._keeper.record.watch.skips = skips  # left out from the beginning
             super().train_epoch(run)
 
     knowing = Knowing()
@@ -107,7 +110,7 @@ def test_what_the_body_and_the_samplers_moved_before_going_back_is_as_if_it_had_
 
     def train(directory: Path, known: list[tuple[int, int, int]]) -> None:
         def leave_out(run: Run) -> None:
-            run._record.watch.skips = run._record.watch.skips or known
+            run._keeper.record.watch.skips = run._keeper.record.watch.skips or known
 
         jobs.by_going_back(str(directory), at_start=leave_out)
 
@@ -443,7 +446,15 @@ def test_stretches_that_touch_are_one_and_hold_the_same_batches(pieces: list[tup
     assert all(a[0] < b[0] or a[2] + 1 < b[1] for a, b in itertools.pairwise(result))
 
 
-def test_the_blamed_are_the_last_rows_across_epochs() -> None:
-    found = [(5, 0, 5), (6, 0, 6), (7, 1, 0), (8, 1, 1), (9, 1, 2)]
-    assert stretches(blamed(found, until=8, number=3)) == [(0, 6, 6), (1, 0, 1)]
+def test_the_blamed_are_the_last_rows_across_epochs(tmp_path: Path) -> None:
+    (tmp_path / "metrics.jsonl").write_bytes(b"what is older is not read\n")
+    record = Record(tmp_path / "metrics.jsonl", None, files=Files())
+    for at in [(5, 0, 5), (6, 0, 6), (7, 1, 0), (8, 1, 1), (9, 1, 2)]:
+        record.add_step(*at, weight=1, values={"loss": 0.5})
+        if at == (6, 0, 6):
+            record.end_epoch(Position(0, 7, 7))
+    assert record.last_steps(until=8, number=3) == [(6, 0, 6), (7, 1, 0), (8, 1, 1)]
+    assert stretches(record.last_steps(until=8, number=3)) == [(0, 6, 6), (1, 0, 1)]
+    assert record.last_steps(until=9, number=1) == [(9, 1, 2)], "also rows that were not written yet"
+    record.close()
     assert in_words([(0, 6, 6), (1, 0, 1)]) == "epoch 1 batch 6, epoch 2 batches 0 to 1"

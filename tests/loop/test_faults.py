@@ -51,7 +51,7 @@ class Disk:
     def fails(self, run: Run, *, call: str = "write", first: int, last: int = 10**9) -> None:
         """Fail from one step on until another; snapshots begun before either are settled first."""
         if run.step in (first, last + 1):
-            run._saver.settle()
+            run._keeper.saver.settle()
         self.failing = call if first <= run.step <= last else ""
 
 

@@ -14,7 +14,9 @@ from hypothesis import strategies as st
 from small import Killed, Small, killed_at
 
 from resumable_trainer import SettingsError, SnapshotPolicy
-from resumable_trainer.loop.interval import ASSUMED_SECONDS, Interruptions, interval_seconds, seen_in
+from resumable_trainer.durable.journal import encode_row
+from resumable_trainer.loop import opening
+from resumable_trainer.loop.interval import ASSUMED_SECONDS, Interruptions, interval_seconds
 from resumable_trainer.loop.saver import Saver
 from resumable_trainer.manager import Facts
 from resumable_trainer.metrics.goodput import duration
@@ -22,6 +24,11 @@ from resumable_trainer.snapshot.layout import Position
 
 if TYPE_CHECKING:
     from pathlib import Path
+
+
+def seen_in(directory: Path, rows: list[dict[str, Any]]) -> Interruptions:
+    (directory / "events.jsonl").write_bytes(b"".join(map(encode_row, rows)))
+    return opening.interruptions(directory)
 
 
 def event(kind: str, second: int, **fields: Any) -> dict[str, Any]:
@@ -45,8 +52,9 @@ def test_snapshots_never_take_more_than_allowed(stall: float, mean: float, share
     assert stall / interval_seconds(stall, mean, share) <= share * (1 + 1e-9)
 
 
-def test_launches_that_are_followed_by_another_before_the_end_are_interruptions() -> None:
+def test_launches_that_are_followed_by_another_before_the_end_are_interruptions(tmp_path: Path) -> None:
     found = seen_in(
+        tmp_path,
         [
             event("launched", 0),
             event("committed", 50, stall_seconds=0.25),
@@ -58,7 +66,7 @@ def test_launches_that_are_followed_by_another_before_the_end_are_interruptions(
             event("finished", 230),
             event("exited", 231, code=0),
             event("launched", 300),
-        ]
+        ],
     )
     assert found == Interruptions(number=2, seconds=50 + 10 + 5 + 31, stalls=(0.25,))
     assert found.mean_seconds == (96 + ASSUMED_SECONDS) / 3
@@ -78,8 +86,8 @@ def test_launches_that_are_followed_by_another_before_the_end_are_interruptions(
         )
     )
 )
-def test_foreign_events_do_no_harm(rows: list[dict[str, Any]]) -> None:
-    assert seen_in(rows).mean_seconds > 0
+def test_foreign_events_do_no_harm(tmp_path_factory: pytest.TempPathFactory, rows: list[dict[str, Any]]) -> None:
+    assert seen_in(tmp_path_factory.mktemp("run"), rows).mean_seconds > 0
 
 
 def test_a_run_says_how_often_it_saves_and_why(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -100,7 +108,7 @@ def test_it_saves_within_an_epoch_when_the_time_has_come(tmp_path: Path) -> None
     small = Small()
 
     def later(run: Any) -> None:
-        run._saver._clock = lambda: run._clock() + next(clock)
+        run._keeper.saver._clock = lambda: run._keeper.clock() + next(clock)
 
     small.at_step = later
     small.train(tmp_path / "run", snapshots=SnapshotPolicy(every="auto", keep_last=100), epochs=1)

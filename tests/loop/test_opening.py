@@ -74,6 +74,30 @@ def test_snapshots_that_are_gone_without_a_trace_are_said(tmp_path: Path, capsys
     assert lost_snapshots(tmp_path / "nowhere") == []
 
 
+def test_snapshots_that_were_set_aside_are_not_gone_but_those_committed_since_are(tmp_path: Path) -> None:
+    with StateManager(tmp_path, state={"model": Small().model}) as manager:
+        for number in (1, 2):
+            manager.note("committed", snapshot=f"step-00000000{number}")
+            manager.note("training")
+            assert f"step-00000000{number} was committed here" in lost_snapshots(tmp_path)[0]
+            manager.note("set_aside", snapshots=[f"step-00000000{number}"])
+            assert lost_snapshots(tmp_path) == []
+
+
+def test_what_the_newest_launch_has_noted_is_found_and_nothing_older(tmp_path: Path) -> None:
+    """Also where another event speaks of such a one: its own name is what counts."""
+    with StateManager(tmp_path, state={"model": Small().model}) as manager:
+        for number in (1, 2):
+            manager.note("failed", number=number)
+            manager.note("launched", number=number)
+            manager.note("finished", number=number, other={"event": "paced"})
+    assert [row["number"] for row in launch.last_events(tmp_path, ("launched", "finished")).values()] == [2, 2]
+    assert launch.last_events(tmp_path, ("failed", "paced")) == {}
+    assert [row["number"] for row in launch.events_from_end(tmp_path, ("launched", "failed"))] == [2, 2, 1, 1]
+    assert list(launch.events_from_end(tmp_path, ("paced",))) == []
+    assert launch.last_events(tmp_path / "nowhere", ("failed",)) == {}
+
+
 def test_a_snapshot_without_generators_begins_as_a_fresh_run_does(tmp_path: Path) -> None:
     manifest = Manifest(
         run_id="r", generation=1, name="step-000000007", position=PositionFields(epoch=1, batch=3, step=7),
@@ -142,12 +166,12 @@ def test_a_run_whose_best_value_is_infinite_is_resumed(tmp_path: Path, value: fl
     assert endings.ending(tmp_path / "cut") == endings.ending(tmp_path / "whole")
 
 
-def test_goodput_is_told_where_the_events_can_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_goodput_is_told_where_the_events_can_be_read(tmp_path: Path) -> None:
     assert opening.goodput(tmp_path) == [], "no events"
     Small().train(tmp_path, epochs=1)
     assert opening.goodput(tmp_path)[0].startswith("goodput ")
-    monkeypatch.setattr(opening, "_MAX_EVENTS_BYTES", 10)
-    assert opening.goodput(tmp_path) == [], "too many to be read at a run's end"
+    (tmp_path / "events.jsonl").write_bytes(b"damage\n")
+    assert opening.goodput(tmp_path) == []
 
 
 def test_when_the_process_was_started_is_told_where_the_system_tells_it(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -163,7 +187,8 @@ def test_the_pace_of_earlier_launches_is_known_if_it_can_be_read(
     with StateManager(tmp_path, state={"model": Small().model}) as manager:
         if noted is not None:
             manager.note("paced", longest_gap_seconds=noted)
-        assert not opening.heartbeat(manager).is_watched
+        opening.heartbeat(manager).epoch_ends()  # nobody watches: nothing is learned
+        assert launch.last_events(tmp_path, ("paced",)).get("paced", {}).get("longest_gap_seconds") == noted
         monkeypatch.setenv("NOTIFY_SOCKET", str(tmp_path / "nobody"))
         monkeypatch.setenv("WATCHDOG_USEC", "600000000")
         heart = opening.heartbeat(manager)

@@ -23,7 +23,9 @@ def test_the_limit_is_the_first_one_until_a_better_one_is_learned() -> None:
     assert liveness.is_over(162)
     liveness.hear({"WATCHDOG": "1"}, 161)
     assert not liveness.is_over(162.5)
-    assert liveness.is_over(163)
+    liveness.hear({"STOPPING": "1"}, 162)
+    assert not liveness.is_over(163.5)
+    assert liveness.is_over(164)
 
 
 def test_a_status_alone_is_no_sign_of_progress() -> None:

@@ -17,7 +17,8 @@ from resumable_trainer.service.guardian import Guardian
 from resumable_trainer.service.supervisor import Supervisor, Training
 
 SUPERVISE = """
-import sys
+import signal, sys
+signal.signal(signal.SIGHUP, signal.SIG_DFL)  # these tests may run under nohup
 from resumable_trainer.service.budget import Limits
 from resumable_trainer.service.supervisor import Supervisor, Training
 hang = float(sys.argv[1]) or None
@@ -192,6 +193,15 @@ while True: time.sleep(1)
     for pid in left:
         os.kill(pid, signal.SIGKILL)
     assert not left
+
+
+def test_the_training_is_the_only_child(tmp_path: Path) -> None:
+    """Who looks for it by its parent finds nothing else."""
+    supervisor = started(tmp_path, "import os, time; open('pid', 'w').write(str(os.getpid())); time.sleep(60)")
+    pid = until(tmp_path / "pid")
+    assert Path(f"/proc/{supervisor.pid}/task/{supervisor.pid}/children").read_text().split() == [pid]
+    supervisor.terminate()
+    supervisor.communicate(timeout=20)
 
 
 def test_a_guardian_ends_with_its_supervisor_and_no_child_that_has_ended_is_touched(tmp_path: Path) -> None:

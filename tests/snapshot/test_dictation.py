@@ -52,7 +52,7 @@ def save(manager: StateManager, step: int) -> Any:
 
 
 def process_of(manager: StateManager) -> subprocess.Popen[bytes]:
-    writing = manager._dictation._scribe
+    writing = manager._saving._dictation._scribe
     assert writing is not None
     return writing._process
 
@@ -68,7 +68,7 @@ def dictating(tmp_path: Path) -> Iterator[tuple[StateManager, torch.nn.Module]]:
 
 
 def await_scribe(manager: StateManager) -> None:
-    writing = manager._dictation._scribe
+    writing = manager._saving._dictation._scribe
     assert writing is not None
     deadline = time.monotonic() + PATIENCE_SECONDS
     while not writing.is_ready():
@@ -217,7 +217,7 @@ def test_a_manager_that_is_opened_again_has_a_scribe_that_is_told_everything(tmp
 
 def test_what_cannot_be_told_is_written_by_the_training(dictating: tuple[StateManager, torch.nn.Module]) -> None:
     manager, _ = dictating
-    writing = manager._dictation._scribe
+    writing = manager._saving._dictation._scribe
     assert writing is not None
     with pytest.raises(scribe.ScribeError, match="not JSON serializable"):
         writing.order({"manifest": {"settings": {1j}}}, {})
@@ -228,13 +228,13 @@ def test_what_is_large_or_has_files_of_its_own_is_not_dictated(tmp_path: Path, m
     manager, _ = make(tmp_path / "run")
     with manager:
         assert not isinstance(save(manager, 1), OrderedSnapshot)
-        assert manager._dictation._scribe is None
+        assert manager._saving._dictation._scribe is None
     monkeypatch.undo()
     monkeypatch.setattr(dictation, "_OFTEN", 1)
     manager, _ = make(tmp_path / "other", files=type("Others", (Files,), {})())
     with manager:
         save(manager, 1).wait()
-        assert manager._dictation._scribe is None
+        assert manager._saving._dictation._scribe is None
 
 
 def test_seldom_snapshots_start_no_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -246,11 +246,11 @@ def test_seldom_snapshots_start_no_process(tmp_path: Path, monkeypatch: pytest.M
         for step in range(1, 21):
             now += 0.6
             save(manager, step).wait()
-        assert manager._dictation._scribe is None
+        assert manager._saving._dictation._scribe is None
         for step in range(21, 30):
             now += 0.1
             save(manager, step).wait()
-        assert manager._dictation._scribe is not None
+        assert manager._saving._dictation._scribe is not None
 
 
 def test_where_no_process_can_be_started_the_training_writes_by_itself(
@@ -284,7 +284,7 @@ def test_what_cannot_be_deleted_is_noted_and_no_reason_to_stop(
 def test_one_that_has_gone_is_found_out_when_it_is_asked(dictating: tuple[StateManager, torch.nn.Module]) -> None:
     manager, _ = dictating
     process_of(manager).kill()
-    writing = manager._dictation._scribe
+    writing = manager._saving._dictation._scribe
     assert writing is not None
     with pytest.raises(scribe.ScribeError, match="it is gone"):
         writing.answer()
@@ -374,7 +374,7 @@ def order(tmp_path: Path) -> Iterator[tuple[dict[str, Any], dict[str, Any], dict
     manager, _ = make(tmp_path / "run")
     with manager:
         save(manager, 1).wait()
-        fields = manager._manifest_fields(Facts(Position(0, 2, 2)))
+        fields = manager._saving._manifest_fields(Facts(Position(0, 2, 2)))
         files = {p.name: p.read_bytes() for p in manager.store.path("step-000000001").iterdir()}
         del files["manifest.json"]
         rows = tmp_path / "run/metrics.jsonl"
@@ -477,7 +477,7 @@ with Run(sys.argv[1], state={"model": model, "optimizer": optimizer}, progress=F
         for x in run.batches(data, batch_size=10, shuffle=True):
             optimizer.zero_grad(); loss = model(x + torch.randn(())).pow(2).mean(); loss.backward(); optimizer.step()
             run.log(loss=loss)
-        writing = run._manager._dictation._scribe
+        writing = run._keeper.manager._saving._dictation._scribe
         if writing is not None and epoch > 2:
             while not writing.is_ready(): time.sleep(0.01)
             print(writing._process.pid, flush=True)
@@ -538,9 +538,9 @@ def test_a_run_is_the_same_with_and_without_a_scribe(tmp_path: Path, monkeypatch
                     loss.backward()
                     optimizer.step()
                     training.log(loss=loss)
-                if epoch == 3 and training._manager._dictation._scribe is not None:
-                    await_scribe(training._manager)
-            assert len(training._manager.store.names()) <= 4
+                if epoch == 3 and training._keeper.manager._saving._dictation._scribe is not None:
+                    await_scribe(training._keeper.manager)
+            assert len(training._keeper.manager.store.names()) <= 4
         return directory
 
     with_scribe = run(tmp_path / "a")

@@ -165,7 +165,7 @@ def values_of(manager: StateManager) -> dict[str, Any]:
 
 def test_what_only_steps_change_waits_and_all_else_is_there_at_once(manager: StateManager) -> None:
     captured = manager.capture()
-    later = manager._changed_by_steps_alone(captured)
+    later = manager._capturing.changed_by_steps_alone(captured)
     names = {file: {name for f, name in later if f == file} for file in captured.tensors}
     assert names["model"] == {
         name
@@ -226,7 +226,7 @@ def test_who_changes_them_before_the_step_is_found_and_nothing_is_written(manage
     with pytest.raises(UsageError, match="was not written"):
         pending.wait()
     assert manager.store.names() == []
-    manager._in_flight = None
+    manager._saving._in_flight = None
     save(manager, 2).wait()
     manager.store.verify("step-000000002")
 
@@ -270,7 +270,7 @@ def test_what_another_part_holds_too_is_copied_at_once(tmp_path: Path) -> None:
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     state = {"model": model, "optimizer": optimizer, "holder": Holder(model.weight.detach())}
     with StateManager(tmp_path, state=state, staging="overlapped") as manager:
-        assert manager._changed_by_steps_alone(manager.capture()) == {("model", "bias")}
+        assert manager._capturing.changed_by_steps_alone(manager.capture()) == {("model", "bias")}
 
 
 def test_references_are_found_wherever_they_stand() -> None:
