@@ -31,7 +31,8 @@ class Guardian:
 
     def __init__(self, grace_seconds: float = GRACE_SECONDS) -> None:
         self._process = subprocess.Popen(  # noqa: S603 - our own file
-            [sys.executable, "-I", "-S", str(Path(__file__)), str(grace_seconds)],
+            [sys.executable, "-I", "-S", str(Path(__file__).resolve()), str(grace_seconds)],
+            cwd="/",  # it keeps no file system busy
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,

@@ -188,9 +188,11 @@ while True: time.sleep(1)
     if leader == "stubborn":
         until(tmp_path / "heard")
     deadline = time.monotonic() + 20
-    while any(map(is_running, pids)):
-        assert time.monotonic() < deadline
+    while (left := [pid for pid in pids if is_running(pid)]) and time.monotonic() < deadline:
         time.sleep(0.05)
+    for pid in left:
+        os.kill(pid, signal.SIGKILL)
+    assert not left
 
 
 def test_the_training_is_the_only_child(tmp_path: Path) -> None:
