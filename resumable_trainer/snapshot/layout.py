@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from functools import lru_cache
 
 RUN_JSON = "run.json"
 RUN_LOCK = "run.lock"
@@ -62,6 +63,7 @@ def snapshot_name(position: Position, *, epoch_complete: bool) -> str:
     return f"{name}-epoch-{position.epoch:06d}" if epoch_complete else name
 
 
+@lru_cache(maxsize=1 << 14)
 def parse_name(name: str) -> ParsedName | None:
     """The way back of `snapshot_name`; None if it is no snapshot's name."""
     match = _NAME.fullmatch(name)

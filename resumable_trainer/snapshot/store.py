@@ -12,12 +12,14 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import shutil
 from typing import TYPE_CHECKING
 
 from resumable_trainer.durable.files import (
     TEMPORARY_PREFIX,
     TRASH_PREFIX,
     Files,
+    NewFile,
     commit_directory,
     move_directory,
     remove_tree,
@@ -41,6 +43,8 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from resumable_trainer.snapshot.manifest import Manifest
+
+_COPY_BYTES = 1 << 23
 
 
 class Store:
@@ -234,7 +238,8 @@ class Store:
         write_new_file(self._files, line / "reason.txt", f"{reason}\n".encode())
         metrics = self.run_directory / METRICS
         if metrics.exists():
-            write_new_file(self._files, line / METRICS, metrics.read_bytes())
+            with metrics.open("rb") as rows, NewFile(line / METRICS, files=self._files) as copy:
+                shutil.copyfileobj(rows, copy, _COPY_BYTES)
         self._files.sync_directory(line)
         self._files.sync_directory(line.parent)
         # Newest first. Crash here: those not yet moved are an older, still valid end of the old line.
