@@ -15,7 +15,7 @@ from resumable_trainer.snapshot.layout import FROZEN
 from resumable_trainer.snapshot.plan import Planner
 from resumable_trainer.snapshot.tree import Flat, Plain, references
 from resumable_trainer.snapshot.unchanged import WORTH_BYTES
-from resumable_trainer.state import generators, modes
+from resumable_trainer.state import filling, generators, modes
 from resumable_trainer.state.overlap import Fence, changed_by_steps_alone
 from resumable_trainer.state.parts import capture_part, live_tensors
 from resumable_trainer.state.staging import Arena
@@ -54,15 +54,17 @@ class Capturing:
             sections: Trees beside the parts.
             watch: Says whose gradients an optimizer step has used; without one all are saved.
         """
-        used = watch.used_gradients() if watch is not None else set()
-        gradients = modes.capture_gradients(self._state, used=used)
-        trees: dict[str, object] = {name: _tree_of(part) for name, part in self._state.items()}
-        trees["modes"] = modes.capture_modes(self._state)
-        trees["gradients"] = gradients
-        trees.update(sections)
-        if "generators" not in trees:
-            trees["generators"] = generators.capture_global()
-        return self._planner.flatten(trees, _lying_apart(trees))
+        with filling.without_collections():
+            trees = self._trees(watch.used_gradients() if watch is not None else set())
+            trees.update(sections)
+            if "generators" not in trees:
+                trees["generators"] = generators.capture_global()
+            return self._planner.flatten(trees, _lying_apart(trees))
+
+    def _trees(self, used_gradients: set[int]) -> dict[str, object]:
+        gradients = modes.capture_gradients(self._state, used=used_gradients)
+        trees = {name: _tree_of(part) for name, part in self._state.items()}
+        return {**trees, "modes": modes.capture_modes(self._state), "gradients": gradients}
 
     def stage(self, captured: Flat) -> Flat:
         """A copy of a captured state, in memory that is used again by the next call."""

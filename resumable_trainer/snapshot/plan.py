@@ -2,8 +2,9 @@
 
 Between two snapshots of a training hardly ever more changes than bytes and a few numbers; names, references and the
 layout of ten thousand tensors would be worked out each time for nothing. A plan is made while a state is taken apart.
-The next state is walked again, its plain values are encoded afresh, and where the plan has tensors only what their
-encoding depends on is compared, in bulk: places, keys, types, dtypes, shapes, strides, devices, and which share memory.
+The next state is walked again. Where the plan has tensors only what their encoding depends on is compared, in bulk:
+places, keys, types, dtypes, shapes, strides, devices, and which share memory. Plain values are encoded afresh if they
+are not, to the byte, what they were; what is the same is given as the very same object, so that its JSON is, too.
 
 Policy: anything that differs, or cannot be compared, is taken apart in full. A plan holds no tensor and no address, so
 that replaced tensors are found, and none is kept alive.
@@ -11,19 +12,22 @@ that replaced tensors are found, and none is kept alive.
 
 from __future__ import annotations
 
+import marshal
 from dataclasses import dataclass, field
 from itertools import chain
+from operator import is_
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from resumable_trainer.snapshot.tree import Flat, Plain, TreeWriter
+from resumable_trainer.snapshot.tree import MAX_DEPTH, Flat, Plain, TreeWriter
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Mapping, Sequence
+    from collections.abc import Collection, Iterable, Mapping, Sequence
 
 _TENSORS = {torch.Tensor, torch.nn.Parameter}
-_DICTS = (dict, Plain)
+_HOLDERS = (dict, Plain, list)
+_WITHOUT_REFERENCES = 2  # version of the marshal format whose bytes depend on nothing but the value
 _NAMES = {str}
 _PLACES = {str, int}
 
@@ -44,33 +48,59 @@ class Planner:
         self._plan = None
         recorder = _Recorder(apart)
         values = {name: recorder.section(name, tree) for name, tree in sections.items()}
-        self._plan = recorder.plan()
+        self._plan = recorder.plan(values)
         return Flat(values, recorder.found(), self._plan)
 
 
-@dataclass(frozen=True)
+@dataclass
 class _Node:
-    """A tensor, or a dict that holds nothing but tensors, or nothing but such dicts: encoded as a whole.
+    """What is encoded as a whole.
 
     Attributes:
         section: Where it is.
         path: And where in it.
-        kind: Its type, if it is a dict.
-        keys: Of the dict; None for a single tensor.
-        inner_keys: Keys of the dicts in it; None if it holds tensors.
+        kind: Its type; None for a tensor.
         encoded: Its typed JSON.
     """
 
     section: str
     path: tuple[Any, ...]
     kind: type | None
-    keys: list[Any] | None
-    inner_keys: list[list[str]] | None
     encoded: Any
 
     def is_at(self, section: str, path: tuple[Any, ...]) -> bool:
         """Whether it stands at this place; True is no 1 here."""
         return self.section == section and self.path == path and [*map(type, self.path)] == [*map(type, path)]
+
+
+@dataclass
+class _Tensors(_Node):
+    """A tensor, or a dict that holds nothing but tensors, or nothing but such dicts.
+
+    Attributes:
+        keys: Of the dict; None for a single tensor.
+        inner_keys: Keys of the dicts in it; None if it holds tensors.
+    """
+
+    keys: list[Any] | None
+    inner_keys: list[list[str]] | None
+
+
+@dataclass
+class _Values(_Node):
+    """A list or dict of plain values.
+
+    Attributes:
+        packed: Its bytes, which nothing but an equal one of the very same types has; None once it has changed.
+    """
+
+    packed: bytes | None
+
+    def still_is(self, value: object) -> bool:
+        """Whether this is its value; what has changed once is likely to change again, and not compared any more."""
+        if self.packed is not None and _packed(value) != self.packed:
+            self.packed = None
+        return self.packed is not None
 
 
 @dataclass
@@ -85,13 +115,18 @@ class _Recorder(TreeWriter):
 
     def value(self, value: object, path: tuple[Any, ...]) -> Any:
         kind = type(value)
-        keys = _keys(value) if kind in _DICTS and not self._is_within_node else None  # type: ignore[arg-type]
-        if keys is None:
+        if kind not in _HOLDERS or self._is_within_node:
+            return super().value(value, path)
+        keys = _keys(value) if kind is not list else None  # type: ignore[arg-type]
+        is_usual = {*map(type, path)} <= _PLACES
+        packed = _packed(value) if keys is None and is_usual and _is_plain(value) else None
+        if keys is None and packed is None:
             return super().value(value, path)
         self._is_within_node = True
         encoded = super().value(value, path)
         self._is_within_node = False
-        self.nodes.append(_Node(self._section, path, kind, *keys, encoded))
+        place = self._section, path, kind, encoded
+        self.nodes.append(_Values(*place, packed) if keys is None else _Tensors(*place, *keys))
         return encoded
 
     def tensor(self, tensor: torch.Tensor, path: tuple[Any, ...]) -> dict[str, Any]:
@@ -100,20 +135,21 @@ class _Recorder(TreeWriter):
         if not self._is_plain:
             self.marked.append(tensor)
         if not self._is_within_node:
-            self.nodes.append(_Node(self._section, path, None, None, None, encoded))
+            self.nodes.append(_Tensors(self._section, path, None, encoded, None, None))
         return encoded
 
     def store(self, file: str, name: str, tensor: torch.Tensor) -> None:
         super().store(file, name, tensor)
         self.stored.setdefault(file, {})[name] = len(self.leaves)
 
-    def plan(self) -> _Plan | None:
-        """What the next state may follow; None if this one is too unusual."""
+    def plan(self, values: dict[str, Any]) -> _Plan | None:
+        """What the next state may follow, given the encoded sections; None if this one is too unusual."""
         if not all({*map(type, node.path)} <= _PLACES for node in self.nodes):
             return None
         likeness = _likeness(self.leaves, self.marked)
         stored = {file: self.stored[file] for file in self.found()}  # Invariant: files come in the order of `found`
-        return None if likeness is None else _Plan(self.apart, self.nodes, stored, likeness)
+        # A dict of its own: the one that is given out is written down while the next state is taken apart.
+        return None if likeness is None else _Plan(self.apart, self.nodes, stored, likeness, dict(values))
 
 
 @dataclass(frozen=True, eq=False)
@@ -122,23 +158,32 @@ class _Plan:
     nodes: list[_Node]
     stored: dict[str, dict[str, int]]
     likeness: tuple[Any, ...]
+    values: dict[str, Any]  # of the newest state
 
     def follow(self, sections: Mapping[str, object]) -> Flat | None:
         """The state taken apart; None if it has another structure."""
         follower = _Follower(plan=self)
         try:
-            values = {name: follower.section(name, tree) for name, tree in sections.items()}
+            values = {name: self._newest(name, follower.section(name, tree)) for name, tree in sections.items()}
             is_like = _likeness(follower.leaves, follower.marked) == self.likeness
         except Exception:  # noqa: BLE001 - taking it apart in full says what is wrong with it, if anything is
             return None
         if not is_like:
             return None
+        self.values.update(values)
         live = follower.leaves
         tensors = {
             file: dict(zip(numbers, [live[number] for number in numbers.values()], strict=True))
             for file, numbers in self.stored.items()
         }
         return Flat(values, tensors, self)
+
+    def _newest(self, section: str, encoded: Any) -> Any:
+        """The object from before, if it holds the very same."""
+        known = self.values.get(section)
+        if encoded is known or type(encoded) is not dict or type(known) is not dict or list(encoded) != list(known):
+            return encoded
+        return known if all(map(is_, encoded.values(), known.values())) else encoded
 
 
 class _DiffersError(Exception):
@@ -156,13 +201,17 @@ class _Follower(TreeWriter):
 
     def value(self, value: object, path: tuple[Any, ...]) -> Any:
         kind = type(value)
-        if kind in _DICTS and self.done < len(self.plan.nodes):
+        if kind in _HOLDERS and self.done < len(self.plan.nodes):
             node = self.plan.nodes[self.done]
             if node.kind is kind and node.is_at(self._section, path):
-                return self._whole(value, node)  # type: ignore[arg-type]
+                if isinstance(node, _Tensors):
+                    return self._whole(value, node)  # type: ignore[arg-type]
+                assert isinstance(node, _Values)
+                self.done += 1
+                return node.encoded if node.still_is(value) else super().value(value, path)
         return super().value(value, path)
 
-    def _whole(self, value: dict[Any, Any], node: _Node) -> Any:
+    def _whole(self, value: dict[Any, Any], node: _Tensors) -> Any:
         if _keys(value) != (node.keys, node.inner_keys):
             raise _DiffersError
         inner = value.values()
@@ -196,6 +245,26 @@ def _keys(value: dict[Any, Any]) -> tuple[list[Any], list[list[str]] | None] | N
     if not {*map(type, leaves)} <= _TENSORS or not {*map(type, chain.from_iterable(inner))} <= _NAMES:
         return None
     return keys, [*map(list, inner)]
+
+
+def _packed(value: object) -> bytes | None:
+    """The bytes of plain values; of others some that no plain value has, or None."""
+    try:
+        return marshal.dumps(value, _WITHOUT_REFERENCES)  # type: ignore[arg-type]
+    except ValueError:
+        return None
+
+
+def _is_plain(value: object, depth: int = 0) -> bool:
+    """Whether it holds nothing but values of these very types, which differ in their bytes if they differ at all."""
+    kind = type(value)
+    if kind is dict:
+        inner: Iterable[object] = chain.from_iterable(value.items())  # type: ignore[attr-defined]
+    elif kind is list or kind is tuple:
+        inner = value  # type: ignore[assignment]
+    else:
+        return value is None or kind in (bool, int, float, str)
+    return depth < MAX_DEPTH and all(_is_plain(each, depth + 1) for each in inner)
 
 
 def _likeness(leaves: Sequence[torch.Tensor], marked: Sequence[torch.Tensor]) -> tuple[Any, ...] | None:

@@ -10,8 +10,7 @@ from __future__ import annotations
 import math
 import os
 import struct
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
 from resumable_trainer.durable.digest import close_after_reading, open_regular
 from resumable_trainer.errors import DamagedSnapshotError
@@ -48,8 +47,7 @@ ITEM_BYTES = {
 }
 
 
-@dataclass(frozen=True)
-class TensorInfo:
+class TensorInfo(NamedTuple):
     """Where a tensor lies in a file, and what it is.
 
     Attributes:

@@ -30,13 +30,13 @@ def parse(data: bytes, *, max_bytes: int) -> Any:
 
 def _check_depth(value: Any) -> None:
     """What passed the parser's own recursion limit may still be deeper than readers want to walk."""
-    level = [value]
+    level = [value] if isinstance(value, dict | list) else []
     for _ in range(MAX_DEPTH + 1):
         level = [
             inner
             for outer in level
-            for inner in (outer.values() if isinstance(outer, dict) else outer if isinstance(outer, list) else ())
-            if isinstance(inner, dict | list)
+            for inner in (outer.values() if type(outer) is dict else outer)
+            if type(inner) is dict or type(inner) is list  # the parser makes no other kinds that hold something
         ]
         if not level:
             return

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
 
 _MANIFEST_BYTES = 65536
+_encode = json.JSONEncoder(separators=(",", ":"), allow_nan=False).encode
 
 
 class Worked:
@@ -53,7 +54,7 @@ class Worked:
         """JSON of a section's values; written anew unless the very same object is given again."""
         known = self.texts.get(section)
         if known is None or known[0] is not values:
-            self.texts[section] = known = (values, json.dumps(values, separators=(",", ":"), allow_nan=False))
+            self.texts[section] = known = (values, _encode(values))
         return known[1]
 
 

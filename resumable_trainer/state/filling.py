@@ -156,7 +156,7 @@ def without_overlaps(fillings: Mapping[str, Filling]) -> dict[str, Filling]:
 def _plan_module(section: str, module: nn.Module, outline: object) -> Filling | None:
     if not isinstance(outline, dict) or not _loads_plainly(module):
         return None
-    live = module.state_dict()
+    live = module.state_dict(keep_vars=True)  # ten thousand tensors that are not parameters cost as much as their bytes
     if live.keys() != outline.keys():
         return None
     filling = Filling({})
@@ -323,8 +323,7 @@ def _fits(section: str, tensor: object, stored: object) -> bool:
 def _is_plain_memory(tensor: torch.Tensor) -> bool:
     return (
         tensor.layout == torch.strided
-        and tensor.device.type != "meta"
-        and not (tensor.is_quantized or tensor.is_conj() or tensor.is_neg() or tensor.is_inference())
+        and not (tensor.is_meta or tensor.is_quantized or tensor.is_conj() or tensor.is_neg() or tensor.is_inference())
         and (tensor.is_contiguous() or _is_dense(tensor))
     )
 
@@ -345,5 +344,8 @@ def _is_same_memory(a: torch.Tensor, b: torch.Tensor) -> bool:
 
 def _overlapping(tensors: Iterable[torch.Tensor]) -> bool:
     """Whether any two of these dense tensors share memory."""
-    extents = sorted((str(t.device), t.data_ptr(), t.nbytes) for t in tensors if t.numel())
-    return any(a[0] == b[0] and a[1] + a[2] > b[1] for a, b in pairwise(extents))
+    by_device: dict[torch.device, list[tuple[int, int]]] = {}
+    for tensor in tensors:
+        if num_bytes := tensor.nbytes:
+            by_device.setdefault(tensor.device, []).append((tensor.data_ptr(), num_bytes))
+    return any(a + num_bytes > b for each in by_device.values() for (a, num_bytes), (b, _) in pairwise(sorted(each)))

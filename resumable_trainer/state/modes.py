@@ -93,6 +93,8 @@ def restore_modes(state: Mapping[str, object], saved: Mapping[str, Any]) -> None
             otherwise, frozen = set(modes["otherwise"]), set(modes["frozen"])
             for module_name, module in part.named_modules():
                 module.training = modes["training"] != (module_name in otherwise)
+            if frozen == {*frozen_parameters(part)}:
+                continue
             for parameter_name, parameter in part.named_parameters():
                 parameter.requires_grad_(parameter_name not in frozen)
 
@@ -101,9 +103,8 @@ def capture_gradients(state: Mapping[str, object], *, used: Collection[int]) -> 
     """Gradients still to be used (live tensors), and the names of those that were used."""
     pending: dict[str, dict[str, torch.Tensor]] = {}
     spent: dict[str, list[str]] = {}
-    modules = [part for part in state.values() if isinstance(part, nn.Module)]
-    if all(parameter.grad is None for module in modules for parameter in _all_parameters(module)):
-        return {"pending": pending, "spent": spent}  # names cost more than all else here
+    if all(parameter.grad is None for parameter in _parameters_of_all(state)):
+        return {"pending": pending, "spent": spent}
     for name, parameter_name, parameter in _parameters(state):
         if parameter.grad is None:
             continue
@@ -122,6 +123,10 @@ def restore_gradients(state: Mapping[str, object], saved: Mapping[str, Any]) -> 
     """
     used: set[int] = set()
     spent = {name: set(names) for name, names in saved["spent"].items()}
+    if not spent and not saved["pending"]:
+        for parameter in _parameters_of_all(state):
+            parameter.grad = None
+        return used
     for name, parameter_name, parameter in _parameters(state):
         pending = saved["pending"].get(name, {}).get(parameter_name)
         if pending is not None:
@@ -138,6 +143,13 @@ def _all_parameters(module: nn.Module) -> list[nn.Parameter]:
     """Each parameter, as often as it is named."""
     found = [parameter for inner in module.modules() for parameter in inner._parameters.values()]
     return [parameter for parameter in found if parameter is not None]
+
+
+def _parameters_of_all(state: Mapping[str, object]) -> Iterator[nn.Parameter]:
+    """Each parameter of all modules, as often as it is named; names cost more than all else here."""
+    for part in state.values():
+        if isinstance(part, nn.Module):
+            yield from _all_parameters(part)
 
 
 def _parameters(state: Mapping[str, object]) -> Iterator[tuple[str, str, nn.Parameter]]:

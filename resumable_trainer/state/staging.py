@@ -131,7 +131,7 @@ def copy_into(targets: Sequence[torch.Tensor], sources: Sequence[torch.Tensor]) 
 
 def _copy_all(targets: Sequence[torch.Tensor], sources: Sequence[torch.Tensor]) -> None:
     if targets:
-        with torch.no_grad():
+        with torch.inference_mode():
             torch._foreach_copy_(list(targets), list(sources))
 
 

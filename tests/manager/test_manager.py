@@ -310,6 +310,15 @@ def test_gradients_under_accumulation_modes_and_frozen_parameters_come_back(tmp_
     assert not fresh["model"][0].bias.requires_grad
 
 
+def test_gradients_of_later_are_gone_where_there_were_none(tmp_path: Path) -> None:
+    state = parts()
+    with StateManager(tmp_path / "run", state=state) as manager:
+        manager.snapshot(epoch=0, batch=1, step=1, background=False)
+        state["model"](torch.randn(5, 3)).sum().backward()
+        manager.restore()
+    assert all(parameter.grad is None for parameter in state["model"].parameters())
+
+
 def test_tied_weights_are_stored_once_and_stay_tied(tmp_path: Path) -> None:
     from safetensors.torch import load_file
 

@@ -67,6 +67,10 @@ def put(path: str, value: Callable[[], Any]) -> Change:
     return change
 
 
+def settings(**changed: Any) -> Change:
+    return put("optimizer/param_groups", lambda: [{"lr": 0.1, "params": [0, 1], **changed}])
+
+
 def tie(tree: dict[str, Any]) -> None:
     tree["optimizer"]["state"][1]["exp_avg"] = tree["model"]["layer.weight"].detach()
 
@@ -111,6 +115,14 @@ FOLLOWED: dict[str, Change] = {
     "a replaced tensor alone": put("loop/generator", lambda: torch.zeros(8)),
     "a setting": put("optimizer/param_groups", lambda: [{"lr": 0.2, "params": [0, 1], "new": "x"}]),
     "a parameter of a module that is frozen": freeze,
+    "True where a one was": settings(params=[0, True]),
+    "a float where the same number was": settings(params=[0, 1.0]),
+    "a negative zero": settings(params=[-0.0, 1]),
+    "a tuple where a list was": settings(params=(0, 1)),
+    "NumPy's number of the same value": settings(lr=np.float64(0.1)),
+    "bytes": settings(lr=b"0.1"),
+    "a small array": settings(lr=np.arange(3)),
+    "another order": put("optimizer/param_groups", lambda: [{"params": [0, 1], "lr": 0.1}]),
 }
 DIFFERENT: dict[str, Change] = {
     "another dtype": put("model/buffer", lambda: torch.arange(5).int()),
@@ -145,6 +157,8 @@ DIFFERENT: dict[str, Change] = {
     ),
     "a frozen parameter where a tensor was": put("words/a/x", lambda: nn.Parameter(torch.ones(2), requires_grad=False)),
     "another order": reverse,
+    "a tensor among settings": settings(lr=torch.tensor(0.1)),
+    "an array among settings": settings(lr=np.arange(999)),
     "a dict that marks its parameters": no_longer_plain,
     "another section": move,
     "one section less": lambda tree: tree.pop("words"),
@@ -231,7 +245,11 @@ def test_ties_that_stay_are_followed_and_stored_once() -> None:
     assert "state.1.exp_avg" in planner.flatten(tree).tensors["optimizer"]
 
 
-@pytest.mark.parametrize("bad", [object(), torch.eye(3).to_sparse(), torch.ones(2, device="meta")])
+HOLDS_ITSELF: list[Any] = [1]
+HOLDS_ITSELF.append(HOLDS_ITSELF)
+
+
+@pytest.mark.parametrize("bad", [object(), torch.eye(3).to_sparse(), torch.ones(2, device="meta"), HOLDS_ITSELF])
 def test_a_value_without_a_safe_form_is_refused_wherever_it_turns_up(bad: object) -> None:
     for path in ("loop/generator", "loop/position", "words/a/x"):
         planner, tree = Planner(), state()
@@ -277,6 +295,36 @@ def test_a_key_of_another_type_is_another_key() -> None:
     for key in ("y", Word.Y, "y"):
         tree = {"s": {key: torch.ones(2)}, "t": {"a": {key: torch.ones(2)}}, "u": {key: {"y": torch.ones(3)}}}
         assert same(planner.flatten(tree), flatten(tree))
+
+
+def test_values_that_stay_are_the_very_same_objects_so_that_they_need_not_be_written_down_again() -> None:
+    planner = Planner()
+    first, again = planner.flatten(state()).values, planner.flatten(state()).values
+    stays = {section: again[section] is first[section] for section in first}
+    assert stays == {**dict.fromkeys(first, True), "loop": False}, "a list with tensors in it is encoded afresh"
+    for _ in range(2):
+        tree = state()
+        settings(lr=0.3)(tree)
+        changed = planner.flatten(tree).values
+        assert changed["optimizer"] is not first["optimizer"]
+        assert changed["optimizer"]["param_groups"] == [{"lr": 0.3, "params": [0, 1]}]
+        assert changed["gradients"] is first["gradients"]
+    assert planner.flatten(state()).values["optimizer"] == first["optimizer"], "also when it changes back"
+
+
+def test_values_that_only_look_alike_are_told_apart() -> None:
+    for alike in ([b"1", bytearray(b"1")], [1, True, 1.0, np.float64(1)], ["a", Word.A], [0.0, -0.0], [(1,), [1]]):
+        planner = Planner()
+        for value in alike + alike:
+            tree = {"s": {"values": [value], "w": torch.ones(2)}}
+            assert same(planner.flatten(tree), flatten(tree))
+
+
+def test_plain_values_at_an_unusual_place_do_not_keep_the_rest_from_being_planned_with() -> None:
+    planner, tree = Planner(), {"s": {"w": torch.ones(2), None: [1, 2], (1, 2): {"a": 3}}}
+    first, again = planner.flatten(tree), planner.flatten(tree)
+    assert again.structure is first.structure is not None
+    assert same(again, flatten(tree))
 
 
 def test_a_plan_keeps_no_tensor_alive() -> None:
