@@ -23,7 +23,7 @@ import torch
 from frozen_job import Died, Job
 
 from resumable_trainer.durable import lock
-from resumable_trainer.loop import identity, launch, opening, run
+from resumable_trainer.loop import identity, keeper, launch, opening
 from resumable_trainer.manager import held, saving
 
 if TYPE_CHECKING:
@@ -63,7 +63,7 @@ def _labels() -> Iterator[tuple[Any, str, Any]]:
     owner = lock.Owner("host", 4242, "boot", "1", NOW, 1, command=str(COMMAND))
     yield held, "now", lambda: NOW
     yield saving, "time", Clock
-    yield run, "time", Clock
+    yield keeper, "time", Clock
     yield lock, "_myself", lambda generation, command: owner
     yield opening.secrets, "token_hex", lambda num_bytes: RUN_ID[: 2 * num_bytes]
     yield opening.socket, "gethostname", lambda: "host"
