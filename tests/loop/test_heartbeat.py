@@ -90,7 +90,7 @@ def test_a_watchdog_meant_for_another_process_is_none_of_ours(tmp_path: Path) ->
         environment = {"NOTIFY_SOCKET": str(tmp_path / "notify"), "WATCHDOG_USEC": "1000000", "WATCHDOG_PID": "1"}
         heart = Heartbeat.of_process(environment, longest_gap_seconds=1.0, note=lambda seconds: None)
         heart.ready()
-        assert listener.recv(100) == b"READY=1", "it is told how the training goes"
+        assert listener.recv(100) == b"READY=1\nSTATUS=ready", "it is told how the training goes"
         with pytest.raises(BlockingIOError):
             listener.recv(100)  # but asked for no limit
 
