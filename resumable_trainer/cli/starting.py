@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 from resumable_trainer.cli.restarting import prepare
 from resumable_trainer.durable.files import Files, remove_tree
 from resumable_trainer.durable.lock import RunLock
-from resumable_trainer.errors import DamagedSnapshotError, ExitCode, NotFoundError, RunHeldError, SnapshotGoneError
+from resumable_trainer.errors import ExitCode, NotFoundError, RunHeldError
 from resumable_trainer.loop import heartbeat, launch
 from resumable_trainer.loop.notices import install_excepthook, notices
 from resumable_trainer.loop.script import run_script
@@ -196,7 +196,7 @@ def _take_locks(directories: list[Path], command: Command) -> None:
     try:
         for directory in directories:
             lock = RunLock(directory / RUN_LOCK)
-            lock.acquire(known_generation=_newest_generation(directory), command=str(command))
+            lock.acquire(known_generation=Store(directory).newest_generation(), command=str(command))
             taken.append(lock)
             launch.process.handover.locks[directory.resolve()] = lock
     except BaseException:
@@ -212,13 +212,3 @@ def _release_unused_locks() -> None:
         if [path.name for path in directory.iterdir()] == [RUN_LOCK]:
             remove_tree(Files(), directory)
     launch.process.handover.locks.clear()
-
-
-def _newest_generation(directory: Path) -> int:
-    store = Store(directory)
-    for name in reversed(store.names()):
-        try:
-            return store.manifest(name).generation
-        except (DamagedSnapshotError, SnapshotGoneError):
-            continue
-    return 0

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from resumable_trainer.durable.digest import reading
 from resumable_trainer.durable.files import make_directories, move_directory, write_replacing
 from resumable_trainer.durable.journal import Mark, read_rows
-from resumable_trainer.errors import DamagedSnapshotError, SnapshotGoneError
+from resumable_trainer.errors import DamagedSnapshotError
 from resumable_trainer.loop import identity, launch
 from resumable_trainer.loop.accounting import Accounting
 from resumable_trainer.loop.cursor import BatchLoop, Cursor
@@ -80,12 +80,8 @@ def _run_id(fields: Any) -> str:
 
 def known_run_id(manager: StateManager) -> str | None:
     """The identity that the newest readable snapshot has stamped in."""
-    for name in reversed(manager.store.names()):
-        try:
-            return manager.store.manifest(name).run_id
-        except (DamagedSnapshotError, SnapshotGoneError):
-            continue
-    return None
+    newest = manager.store.newest_readable()
+    return None if newest is None else newest.run_id
 
 
 def note_launch(manager: StateManager, command: Command, retention: Retention) -> None:

@@ -12,9 +12,7 @@ from resumable_trainer.durable.filesystem import refuse_links
 from resumable_trainer.durable.journal import Journal
 from resumable_trainer.durable.lock import RunLock
 from resumable_trainer.errors import (
-    DamagedSnapshotError,
     ResumableTrainerError,
-    SnapshotGoneError,
     SnapshotWriteError,
     UsageError,
 )
@@ -86,7 +84,7 @@ class HeldRun:
         if self._lock is None:
             self._lock = RunLock(self.directory / RUN_LOCK)
         if not self._lock.is_held:
-            self._lock.acquire(known_generation=self._newest_generation(), command=self._command)
+            self._lock.acquire(known_generation=self.store.newest_generation(), command=self._command)
         self._events = Journal.open(self.directory / EVENTS, files=self.files)
         # Crash here: nothing but unfinished directories is gone; the sweep begins anew at the next start.
         self.swept = self.store.sweep()
@@ -130,15 +128,6 @@ class HeldRun:
         self._events.flush()
         if self.on_event is not None:
             self.on_event(self.directory, row)
-
-    def _newest_generation(self) -> int:
-        """Generation of the newest readable manifest: the lock file itself may have been lost."""
-        for name in reversed(self.store.names()):
-            try:
-                return self.store.manifest(name).generation
-            except (DamagedSnapshotError, SnapshotGoneError):
-                continue
-        return 0
 
 
 @contextlib.contextmanager

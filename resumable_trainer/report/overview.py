@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any
 
 from resumable_trainer.durable.files import TEMPORARY_PREFIX
 from resumable_trainer.durable.lock import is_alive, read_owner
-from resumable_trainer.errors import DamagedSnapshotError, SnapshotGoneError
 from resumable_trainer.metrics.account import Account
 from resumable_trainer.report.summary import goodput_of, is_run, place_of, state_of
 from resumable_trainer.snapshot.layout import EVENTS, RUN_LOCK
@@ -79,20 +78,10 @@ def _line(directory: Path) -> Line:
     try:
         owner = read_owner(directory / RUN_LOCK)
         holder = owner if owner is not None and is_alive(owner) is not False else None
-        newest = _newest(directory)
+        newest = Store(directory).newest_readable()
         account = Account.read(directory / EVENTS)
     except (OSError, ValueError):
         return Line(directory, "unreadable")
     is_running = holder is not None
     state = state_of(account, newest, is_running=is_running)
     return Line(directory, state, newest, holder, goodput_of(account, owner, is_running=is_running))
-
-
-def _newest(directory: Path) -> Manifest | None:
-    store = Store(directory)
-    for name in reversed(store.names()):
-        try:
-            return store.manifest(name)
-        except (DamagedSnapshotError, SnapshotGoneError):
-            continue
-    return None

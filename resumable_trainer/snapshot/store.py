@@ -104,6 +104,18 @@ class Store:
         except (DamagedSnapshotError, FileNotFoundError):
             return None
 
+    def newest_readable(self) -> Manifest | None:
+        """The newest manifest that is valid itself, whatever became of its other files; None if there is none."""
+        for name in reversed(self.names()):
+            with contextlib.suppress(DamagedSnapshotError, SnapshotGoneError):
+                return self.manifest(name)
+        return None
+
+    def newest_generation(self) -> int:
+        """Of the launch that wrote the newest readable manifest; 0 for none. For when the lock file has been lost."""
+        newest = self.newest_readable()
+        return 0 if newest is None else newest.generation
+
     def manifest(self, name: str) -> Manifest:
         """A snapshot's manifest, verified itself; the other files are not read.
 
@@ -186,16 +198,11 @@ class Store:
 
     def _best(self, names: Sequence[str]) -> str | None:
         """The snapshot of the best epoch: the newest readable manifest knows its step, if it is still there."""
-        for name in reversed(names):
-            try:
-                best = self.manifest(name).best
-            except (DamagedSnapshotError, SnapshotGoneError):
-                continue
-            if best is None:
-                return None
-            wanted = ParsedName(best.step, best.epoch + 1)
-            return next((n for n in names if parse_name(n) == wanted), None)
-        return None
+        newest = self.newest_readable()
+        if newest is None or newest.best is None:
+            return None
+        wanted = ParsedName(newest.best.step, newest.best.epoch + 1)
+        return next((name for name in names if parse_name(name) == wanted), None)
 
     # -- changing (under the lock) ----------------------------------------------------------------
 
