@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-import faulthandler
 import os
 import sys
 from typing import TYPE_CHECKING
 
 from resumable_trainer.errors import UsageError
 from resumable_trainer.loop import launch
+from resumable_trainer.loop.heartbeat import show_stacks_on_abort
 from resumable_trainer.loop.journal_lines import WARNING, marked
 from resumable_trainer.service.budget import Limits
 from resumable_trainer.service.hooks import Hooks
@@ -26,8 +26,7 @@ def prepare(args: argparse.Namespace) -> None:
     if args.on_event is not None:
         launch.process.handover.on_event = Hooks(args.on_event).noted
     if os.environ.get("NOTIFY_SOCKET") and os.environ.get("WATCHDOG_USEC"):
-        with contextlib.suppress(OSError, ValueError, RuntimeError):  # no stderr to write to
-            faulthandler.enable()
+        show_stacks_on_abort()
 
 
 def supervise(args: argparse.Namespace, arguments: Sequence[str], directories: Callable[[], list[Path]]) -> int:

@@ -6,9 +6,9 @@ import os
 from typing import TYPE_CHECKING
 
 from resumable_trainer.cli.output import run_directory
+from resumable_trainer.cli.recorded import recorded_start
 from resumable_trainer.cli.restarting import options, supervise, where
 from resumable_trainer.cli.starting import check_target, go_on_as, start
-from resumable_trainer.errors import NotFoundError
 from resumable_trainer.loop import launch
 
 if TYPE_CHECKING:
@@ -19,13 +19,7 @@ if TYPE_CHECKING:
 def run(args: argparse.Namespace) -> int:
     """Continue; the exit code of the training."""
     directory = run_directory(args).resolve()
-    recorded = launch.recorded_start(directory)
-    if recorded is None:
-        raise NotFoundError(
-            f"{directory} does not say which command started it",
-            path=directory,
-            hint="start its script again; it continues",
-        )
+    recorded = recorded_start(directory, hint="start its script again; it continues")
     command = recorded.command
     check_target(command)
     if args.restart:

@@ -68,8 +68,7 @@ class Heartbeat:
         is_meant = environment.get("WATCHDOG_PID", str(os.getpid())) == str(os.getpid())
         limit = _number(environment.get("WATCHDOG_USEC")) / 1_000_000 if is_meant else 0.0
         if limit:
-            with contextlib.suppress(OSError, ValueError, RuntimeError):  # no stderr to write to
-                faulthandler.enable()  # a watcher's SIGABRT then shows the stacks of all threads
+            show_stacks_on_abort()
         floor = _number(environment.get(FLOOR_VARIABLE)) or FLOOR_SECONDS
         return cls(
             Messenger(address),
@@ -134,6 +133,12 @@ class Heartbeat:
     def _tell(self, *lines: str) -> None:
         if self._send is not None:
             self._send("\n".join(line.replace("\n", " ") for line in lines))
+
+
+def show_stacks_on_abort() -> None:
+    """Let a watcher's SIGABRT show the stacks of all threads."""
+    with contextlib.suppress(OSError, ValueError, RuntimeError):  # no stderr to write to
+        faulthandler.enable()
 
 
 def nothing_to_do() -> None:

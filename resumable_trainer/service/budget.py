@@ -14,18 +14,9 @@ from typing import Literal
 from resumable_trainer.errors import ExitCode, SettingsError
 
 Kind = Literal["preempted", "failed", "final"]
-FINAL = frozenset(
-    {
-        ExitCode.DONE,
-        ExitCode.USAGE,
-        ExitCode.NO_VALID_SNAPSHOT,
-        ExitCode.NOT_FOUND,
-        ExitCode.HELD,
-        ExitCode.SETTINGS,
-        ExitCode.DIVERGED,
-        ExitCode.INTERRUPTED,
-    }
-)
+NO_USE = (ExitCode.USAGE, ExitCode.NO_VALID_SNAPSHOT, ExitCode.NOT_FOUND, ExitCode.SETTINGS, ExitCode.DIVERGED)
+"""Endings after which starting again comes to the same, whoever does it."""
+FINAL = frozenset({*NO_USE, ExitCode.DONE, ExitCode.HELD, ExitCode.INTERRUPTED})
 
 _MAX_UNOPENED = 2
 

@@ -10,10 +10,11 @@ import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from resumable_trainer.errors import ExitCode
+from resumable_trainer.service.budget import NO_USE
+
 if TYPE_CHECKING:
     from pathlib import Path
-
-_NEVER_AGAIN = [2, 65, 66, 78, 79]
 
 
 @dataclass(frozen=True)
@@ -43,8 +44,8 @@ def manifest(job: Job) -> str:
     name = re.sub(r"[^a-z0-9]+", "-", job.directory.name.lower()).strip("-")[:50].strip("-") or "run"
     rules = [
         {"action": "Ignore", "onPodConditions": [{"type": "DisruptionTarget"}]},
-        {"action": "Ignore", "onExitCodes": {"operator": "In", "values": [75]}},
-        {"action": "FailJob", "onExitCodes": {"operator": "In", "values": _NEVER_AGAIN}},
+        {"action": "Ignore", "onExitCodes": {"operator": "In", "values": [int(ExitCode.PREEMPTED)]}},
+        {"action": "FailJob", "onExitCodes": {"operator": "In", "values": list(map(int, NO_USE))}},
     ]
     container = {
         "name": "training",

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from resumable_trainer.errors import ExitCode
+from resumable_trainer.service.budget import NO_USE
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -23,14 +24,7 @@ if TYPE_CHECKING:
 
 TEMPLATE = "resumable-trainer@.service"
 MARK = "# Written by resumable-trainer."
-_FINAL = (
-    ExitCode.USAGE,
-    ExitCode.NO_VALID_SNAPSHOT,
-    ExitCode.NOT_FOUND,
-    ExitCode.SETTINGS,
-    ExitCode.DIVERGED,
-    ExitCode.INTERRUPTED,
-)
+_FINAL = (*NO_USE, ExitCode.INTERRUPTED)
 _KEPT = frozenset(string.ascii_letters + string.digits + ":_.")
 _RESTART_STEPS_SINCE = 254
 
