@@ -146,7 +146,11 @@ class Account:
         if launch.training_at is None:  # else it went back because it had diverged
             launch.resumed_step = launch.step = row["step"] if type(row.get("step")) is int else 0
             if len(self.launches) > 1:
-                self.launches[0].continued_at = self.launches[0].when_taken(row.get("snapshot"))
+                before = self.launches[0]
+                before.continued_at = before.when_taken(row.get("snapshot"))
+                if before.continued_at is None and launch.resumed_step > before.resumed_step:
+                    # Its own, durable, and it was killed before it could note that: later than the last it has noted.
+                    before.continued_at = before.newest_taken
 
     # -- what it comes to -------------------------------------------------------------------------
 

@@ -27,6 +27,18 @@ def test_a_kill_costs_what_was_trained_since_the_snapshot_and_the_start() -> Non
     assert "29.2% of 59.0 s moved the run forward" in in_words(found)
 
 
+def test_a_snapshot_that_was_durable_before_it_could_be_noted_is_no_loss_of_all_before_it() -> None:
+    rows = [*KILLED_ONCE[:4], event("resumed", 46, snapshot="unheard of", step=140), *KILLED_ONCE[5:]]
+    assert account(rows).seconds == account(KILLED_ONCE).seconds, "what is known to be kept is kept"
+
+
+def test_a_snapshot_of_an_earlier_launch_leaves_nothing_of_the_last_one() -> None:
+    began_further = [*KILLED_ONCE[:1], event("resumed", 6, snapshot="z", step=90), *KILLED_ONCE[1:4]]
+    found = account([*began_further, event("resumed", 46, snapshot="z", step=90), *KILLED_ONCE[5:]])
+    assert found.seconds["repeated"] == 20, "from the first batch to the last sign of life"
+    assert account([*KILLED_ONCE[:4], event("resumed", 46, snapshot="?", step=0)]).seconds["repeated"] == 20
+
+
 def test_who_watched_it_knows_better_when_it_ended() -> None:
     rows = [*KILLED_ONCE[:3], event("ended", 33, by="supervisor", result="signal"), *KILLED_ONCE[3:]]
     found = account(rows)
