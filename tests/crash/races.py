@@ -38,6 +38,7 @@ if TYPE_CHECKING:
 _LONGEST_SECONDS = 0.04
 _HANGS_AFTER_SECONDS = 60
 _YEARS = 365 * 86_400
+_HIGH = 200  # above every descriptor of a run
 _real_time = time.time
 
 
@@ -98,13 +99,16 @@ def _contend(directory: Path, said: Path, ready: int, chance: random.Random) -> 
     signal.signal(signal.SIGALRM, signal.SIG_DFL)
     signal.alarm(_HANGS_AFTER_SECONDS)
     out = os.open(said, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-    # A lock of the laboratory's own, so that two holders are seen whatever the package believes.
+    # A lock of the laboratory's own, so that two holders are seen whatever the package believes. Linux frees the locks
+    # of a killed process from the highest descriptor down: this one goes before the run's, or the next holder meets it.
     alone = os.open(said.with_suffix(".alone"), os.O_RDWR | os.O_CREAT)
+    os.dup2(alone, _HIGH)
+    os.close(alone)
     os.read(ready, 1)
     try:
         with jumping_clock(chance):
             while True:
-                _hold(directory, out, alone, chance)
+                _hold(directory, out, _HIGH, chance)
     except BaseException as error:  # noqa: BLE001 - told to the parent
         os.write(out, f"error {type(error).__name__}: {error}\n".replace("\n", " ").encode() + b"\n")
     finally:
