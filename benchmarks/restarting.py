@@ -108,7 +108,7 @@ def restarts(bench: Bench) -> Iterator[Row]:
             yield Row("restart", what, comparison="times faster", goal=goal, skipped=missing[name])
             continue
         theirs = Side(name, m[name], durability="page cache", exact=exact.get(name))
-        yield Row("restart", what, own, theirs, "times faster", goal)
+        yield Row("restart", what, own, theirs, "times faster", goal, bound=setup)
     yield from _finished(bench)
 
 

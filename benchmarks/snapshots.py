@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import threading
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,6 +20,7 @@ from benchmarks.machine import CORES, big_bytes, gigabytes, raw_write
 from benchmarks.savers import Distributed, Own, TorchSave, settle
 from benchmarks.table import Goal, Row, Side
 from benchmarks.timing import ArmError, Bench, alternately, processor_time, timed
+from resumable_trainer.durable.priority import yield_to_training
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
@@ -42,11 +44,12 @@ def stalls(bench: Bench) -> Iterator[Row]:
     own = Side("own", m["own durable"], durability=_VERIFIED)
     dcp, save = "DCP async_save, warm", "torch.save + sync"
 
-    yield Row("stall", stall, own_stall, Side("memory copy", m["copy"]), goal=Goal(1.2))
-    yield Row("stall", stall, own_stall, Side(dcp, m["dcp stall"], durability=_SYNCED), goal=Goal(1 / 3))
-    yield Row("stall", stall, own_stall, Side(save, m["save"], durability=_SYNCED), goal=Goal(1 / 12))
+    copy = Side("memory copy", m["copy"])
+    yield Row("stall", stall, own_stall, copy, goal=Goal(1.2))
+    yield Row("stall", stall, own_stall, Side(dcp, m["dcp stall"], durability=_SYNCED), goal=Goal(1 / 3), bound=copy)
+    yield Row("stall", stall, own_stall, Side(save, m["save"], durability=_SYNCED), goal=Goal(1 / 12), bound=copy)
     overlapped = Side("own, overlapped", m["overlapped stall"], durability=_VERIFIED)
-    yield Row("stall", f"{stall}, overlapped staging", overlapped, Side("memory copy", m["copy"]), goal=Goal(0.3))
+    yield Row("stall", f"{stall}, overlapped staging", overlapped, copy, goal=Goal(0.3))
     yield Row("stall", durable, own, Side("raw write + sync", m["raw"], durability=_SYNCED), goal=Goal(1.15))
     yield Row("stall", durable, own, Side(dcp, m["dcp durable"], durability=_SYNCED))
     yield Row("stall", durable, own, Side(save, m["save"], durability=_SYNCED))
@@ -157,12 +160,14 @@ def interference(bench: Bench) -> Iterator[Row]:
             Side("while writing", m["writing"], durability=_VERIFIED),
             Side("idle", m["idle"]),
             goal=Goal(1.1),
+            bound=Side("the same bytes written and synced as they lie, at the same priority", m["raw"]),
         )
 
 
 def measure_interference(laps: Laps, *, num_bytes: int, rounds: int, directory: str) -> None:
-    """For a child: as many steps idle as were made while the snapshot was written."""
+    """For a child: as many steps idle as were made while the snapshot was written; and while others were."""
     big, optimizer_of_big = jobs.big_state(num_bytes)
+    flat = memoryview(torch.ones(num_bytes, dtype=torch.uint8).numpy())
     own = Own(Path(directory), {"model": big, "optimizer": optimizer_of_big}, keep=False)
     job = jobs.LONG
     model, batch = job.model(), jobs.batch_size_for(job, 0.005)
@@ -184,7 +189,19 @@ def measure_interference(laps: Laps, *, num_bytes: int, rounds: int, directory: 
         own.manager.wait()
         os.sync()
         _, idle = steps(lambda done: done < count)
-        return {"writing": writing / count, "idle": idle / count}
+        return {"writing": writing / count, "idle": idle / count, "raw": beside_raw_write()}
+
+    def write_raw() -> None:
+        yield_to_training()
+        raw_write(Path(directory) / "raw", flat)
+
+    def beside_raw_write() -> float:
+        writer = threading.Thread(target=write_raw)
+        writer.start()
+        count, writing = steps(lambda count: writer.is_alive() or count < 1)
+        writer.join()
+        os.sync()
+        return writing / count
 
     laps.turn(alternately([round_], rounds=rounds))
 
@@ -243,6 +260,7 @@ def many_tensors(bench: Bench) -> Iterator[Row]:
             Side("10,000", m[f"many {name}"], durability=_VERIFIED),
             Side("the same in 10 tensors", m[f"few {name}"], durability=_VERIFIED),
             goal=goal,
+            bound=Side("their copies alone, in one call", m["many copy"]) if name == "stall" else None,
         )
 
 
@@ -253,15 +271,22 @@ def measure_tensors(laps: Laps, *, num_bytes: int, rounds: int, directory: str) 
         values = [nn.Parameter(torch.ones(num_bytes // 4 // count)) for _ in range(count)]
         model = nn.ParameterList(values)
         own = Own(Path(directory) / name, {"model": model})
+        copies = [torch.empty_like(value) for value in values]
+
+        def copy() -> None:
+            with torch.no_grad():
+                torch._foreach_copy_(copies, values)
 
         def act() -> Mapping[str, float]:
             with torch.no_grad():
                 torch._foreach_add_(values, 1.0)
             os.sync()
+            copied = timed(copy)
             stall, durable = own.save()
             restore = timed(own.manager.restore)
             settle([own])
-            return {f"{name} stall": stall, f"{name} durable": durable, f"{name} restore": restore}
+            found = {"stall": stall, "durable": durable, "restore": restore, "copy": copied}
+            return {f"{name} {what}": seconds for what, seconds in found.items()}
 
         return act
 

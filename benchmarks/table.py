@@ -83,6 +83,7 @@ class Row:
         theirs: What it is held against; None for a measurement that stands alone.
         comparison: How.
         goal: What it must show; None for a line that informs.
+        bound: The part of our side that nobody can do without, measured in the same rounds; None if it is not known.
         skipped: Why nothing could be measured; None if it was.
         note: What a reader must know to read it right.
     """
@@ -93,16 +94,26 @@ class Row:
     theirs: Side | None = None
     comparison: Comparison = "ratio"
     goal: Goal | None = None
+    bound: Side | None = None
     skipped: str | None = None
     note: str = ""
 
     @property
     def spread(self) -> Spread | None:
         """Of what is compared, round by round; None where there are not two sides."""
-        if self.ours is None or self.theirs is None:
+        return self._compared(self.ours)
+
+    @property
+    def at_best(self) -> float | None:
+        """What would be measured if our side were as fast as its bound; None where no bound is known."""
+        spread = self._compared(self.bound)
+        return None if spread is None else spread.median
+
+    def _compared(self, side: Side | None) -> Spread | None:
+        if side is None or self.theirs is None:
             return None
         compare = _COMPARE[self.comparison]
-        return Spread.of([compare(a, b) for a, b in zip(self.ours.values, self.theirs.values, strict=True)])
+        return Spread.of([compare(a, b) for a, b in zip(side.values, self.theirs.values, strict=True)])
 
     @property
     def verdict(self) -> str:
@@ -112,6 +123,11 @@ class Row:
         if self.spread is None:
             return "not measured"
         return "met" if self.goal.is_met(self.spread.median) else "NOT met"
+
+    @property
+    def is_beyond_bound(self) -> bool:
+        """Whether not even the bound meets the goal."""
+        return self.goal is not None and self.at_best is not None and not self.goal.is_met(self.at_best)
 
 
 def _over(a: float, b: float) -> float:
@@ -162,13 +178,18 @@ class Report:
         """How many goals are met."""
         verdicts = [row.verdict for row in self.rows if row.goal is not None]
         counts = [f"{verdicts.count(word)} {word}" for word in ("met", "NOT met", "not measured")]
-        return f"{len(verdicts)} goals: {', '.join(counts)}"
+        beyond = sum(row.verdict == "NOT met" and row.is_beyond_bound for row in self.rows)
+        return f"{len(verdicts)} goals: {', '.join(counts)}; of those not met {beyond} are out of reach even at best"
 
 
-_HEADER = ("group", "what", "ours", "against", "theirs", "measured", "quartiles", "goal", "", "saved: ours / theirs")
+_HEADER = (
+    *("group", "what", "ours", "against", "theirs", "measured", "quartiles", "goal", "", "at best"),
+    "saved: ours / theirs",
+)
 _LEGEND = (
     "ours, theirs: medians. measured: median over the rounds of ours / theirs; of theirs / ours where it says x;"
     " of ours - theirs where it says s. quartiles: of the same.",
+    "at best: the same with the named part of our side's work, which nobody can do without, in place of our side.",
     "saved: what a save had reached when it counted as done; (inexact): measured, a resumed run ends in other bits.",
 )
 
@@ -192,6 +213,7 @@ def _cells(row: Row) -> tuple[str, ...]:
         quartiles,
         _goal(row),
         row.verdict,
+        _at_best(row),
         _saved(ours, theirs),
     )
 
@@ -201,6 +223,12 @@ def _goal(row: Row) -> str:
         return ""
     words = "at least" if row.goal.at_least else "at most"
     return f"{words} {row.goal.limit:.3g}{_MARGINS[row.comparison]}"
+
+
+def _at_best(row: Row) -> str:
+    if row.at_best is None or row.bound is None:
+        return ""
+    return f"{_number(row.at_best)}{_MARGINS[row.comparison]} ({row.bound.name})"
 
 
 def _saved(ours: Side | None, theirs: Side | None) -> str:
@@ -243,6 +271,8 @@ def _row_json(row: Row) -> dict[str, Any]:
         "measured": None if spread is None else {"median": spread.median, "low": spread.low, "high": spread.high},
         "goal": None if row.goal is None else {"limit": row.goal.limit, "at_least": row.goal.at_least},
         "verdict": row.verdict,
+        "bound": _side_json(row.bound),
+        "at_best": row.at_best,
         "skipped": row.skipped,
         "note": row.note,
     }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -58,6 +59,31 @@ def test_a_goal_is_met_up_to_its_limit_and_no_further(comparison: str, goal: Goa
     assert row([1], [2], goal, comparison).verdict == verdict
 
 
+@pytest.mark.parametrize(
+    ("comparison", "goal", "shown"),
+    [
+        ("ratio", Goal(0.5), "0.500 (a copy)"),
+        ("ratio", Goal(0.49), "0.500 (a copy)"),
+        ("times faster", Goal(2, at_least=True), "2.000 x (a copy)"),
+        ("times faster", Goal(2.01, at_least=True), "2.000 x (a copy)"),
+        ("difference", Goal(-1), "-1.000 s (a copy)"),
+        ("difference", Goal(-1.01), "-1.000 s (a copy)"),
+    ],
+)
+def test_a_goal_that_the_bound_does_not_meet_is_out_of_reach(comparison: str, goal: Goal, shown: str) -> None:
+    bounded = replace(row([3], [2], goal, comparison), bound=Side("a copy", (1.0,)))
+    report = Report(rows=[bounded, row([3], [2], goal, comparison)])
+    beyond = goal.limit not in (0.5, 2, -1)
+    assert bounded.is_beyond_bound is beyond
+    assert shown in report.text()
+    assert f"of those not met {int(beyond)} are out of reach even at best" in report.summary()
+
+
+def test_a_goal_that_is_met_is_not_counted_as_out_of_reach() -> None:
+    met = replace(row([1], [2], Goal(1)), bound=Side("slower", (5.0,)))
+    assert "of those not met 0 are out of reach" in Report(rows=[met]).summary()
+
+
 def test_what_was_not_measured_is_said_with_the_reason_and_never_counts_as_met() -> None:
     skipped = Row("group", "what", goal=Goal(1), skipped="pytorch-ignite is not installed here")
     report = Report(rows=[skipped, row([1], [2], Goal(1)), row([3], [2], Goal(1)), Row("group", "informs")])
@@ -78,7 +104,7 @@ def test_every_line_of_the_markdown_table_has_the_same_cells() -> None:
     report = Report(rows=[row([1], [2], Goal(1)), Row("a|b", "what", skipped="why"), Row("g", "w", Side("o", (1.0,)))])
     lines = [line for line in report.markdown().splitlines() if line.startswith("|")]
     assert len(lines) == 5
-    assert {line.replace("\\|", "").count("|") for line in lines} == {11}
+    assert {line.replace("\\|", "").count("|") for line in lines} == {12}
 
 
 def test_json_holds_every_measurement() -> None:
