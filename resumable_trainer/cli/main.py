@@ -15,6 +15,7 @@ import sys
 from typing import TYPE_CHECKING
 
 from resumable_trainer.cli import looking_parsers, service_parsers, starting_parsers
+from resumable_trainer.cli.parsing import AnyOrderParser
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -100,7 +101,7 @@ def _parser() -> argparse.ArgumentParser:
         epilog=_EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True, parser_class=AnyOrderParser)
     starting_parsers.add(commands)
     looking_parsers.add(commands)
     service_parsers.add(commands)

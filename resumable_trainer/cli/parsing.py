@@ -3,10 +3,33 @@
 from __future__ import annotations
 
 import argparse
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    Commands = argparse._SubParsersAction[argparse.ArgumentParser]
+    Commands = argparse._SubParsersAction["AnyOrderParser"]
+
+_THE_REST = (argparse.REMAINDER, argparse.PARSER)
+
+
+class AnyOrderParser(argparse.ArgumentParser):
+    """Takes options between the arguments of a command, too: `show RUN_DIR --json best`.
+
+    argparse gives all arguments that may be left out their defaults at the first option. Not where an argument takes
+    all the rest: what follows a script belongs to the script.
+    """
+
+    _is_parsing = False
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> tuple[Any, list[str]]:
+        """As ever."""
+        takes_the_rest = any(action.nargs in _THE_REST for action in self._get_positional_actions())
+        if takes_the_rest or self._is_parsing:
+            return super().parse_known_args(args, namespace)
+        self._is_parsing = True  # what it calls comes by here again
+        try:
+            return self.parse_known_intermixed_args(args, namespace)
+        finally:
+            self._is_parsing = False
 
 
 def add_command(

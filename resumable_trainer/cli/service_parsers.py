@@ -9,7 +9,7 @@ from resumable_trainer.cli.parsing import add_json, add_run_dir
 if TYPE_CHECKING:
     import argparse
 
-    from resumable_trainer.cli.parsing import Commands
+    from resumable_trainer.cli.parsing import AnyOrderParser, Commands
 
 
 def add(commands: Commands) -> None:
@@ -69,7 +69,7 @@ def _add_systemd_options(parser: argparse.ArgumentParser) -> None:
     add_json(parser)
 
 
-def _about_run(commands: Commands, name: str, text: str, actions: dict[str, str]) -> dict[str, argparse.ArgumentParser]:
+def _about_run(commands: Commands, name: str, text: str, actions: dict[str, str]) -> dict[str, AnyOrderParser]:
     """A command of several actions upon a run; each a parser, so that options may stand before the run."""
     parser = commands.add_parser(name, help=text, description=f"{text[0].upper()}{text[1:]}.")
     choices = parser.add_subparsers(dest="action", metavar="ACTION", required=True)

@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from resumable_trainer.cli.main import _parser
+
 if TYPE_CHECKING:
     from pathlib import Path
 
@@ -167,6 +169,28 @@ def test_help_needs_nothing_heavy(tmp_path: Path) -> None:
         assert "example" in done.stdout
         for heavy in ("| torch", "| pydantic", "| numpy"):
             assert heavy not in done.stderr
+
+
+@pytest.mark.parametrize(
+    "given", ["show --json r best", "show r --json best", "show r best --json"], ids=["before", "between", "after"]
+)
+def test_options_may_stand_anywhere_among_the_arguments(given: str) -> None:
+    args = _parser().parse_args(given.split())
+    assert (args.run_dir, args.which, args.json) == ("r", "best", True)
+
+
+def test_what_is_missing_too_much_or_the_scripts_is_told_apart(capsys: pytest.CaptureFixture[str]) -> None:
+    for given, words in (
+        ("diff a --json", "the following arguments are required: B"),
+        ("show r best --json more", "unrecognized arguments: more"),
+        ("show r --jason best", "unrecognized arguments: --jason best"),
+    ):
+        with pytest.raises(SystemExit) as ended:
+            _parser().parse_args(given.split())
+        assert ended.value.code == 2
+        assert words in capsys.readouterr().err
+    args = _parser().parse_args(["run", "--run-dir", "r", "train.py", "--run-dir", "its-own", "--json"])
+    assert (args.run_dir, args.target, args.args) == ("r", "train.py", ["--run-dir", "its-own", "--json"])
 
 
 def test_of_twenty_starts_at_once_one_trains_and_nineteen_are_refused(tmp_path: Path) -> None:
