@@ -33,8 +33,12 @@ from scenarios import SCENARIOS, Training
 
 from resumable_trainer import StateManager
 from resumable_trainer.cli.main import main
+from resumable_trainer.durable.files import Files
+from resumable_trainer.durable.journal import Journal
 from resumable_trainer.errors import ExitCode, ResumableTrainerError
 from resumable_trainer.loop import launch
+from resumable_trainer.metrics.account import NOTED, Account
+from resumable_trainer.snapshot.layout import EVENTS
 from resumable_trainer.snapshot.reader import Reader
 from resumable_trainer.snapshot.verify import verify
 
@@ -120,10 +124,19 @@ def make_sound(scratch: Path) -> None:
     """Two sound runs, of which each hostile one is a copy; whatever is imported late is imported now."""
     damage.make_run(scratch / "snapshots")
     SCENARIOS["journal rewind"].prepare(scratch / "trained")
+    _note_account(scratch / "trained")
     for trained in (False, True):
         with _copied(scratch, "warm", trained=trained) as directory:
             _quietly(lambda run=directory / "run", trained=trained: _doors(run, refused=False, trained=trained))
     launch.process.opened.clear()
+
+
+def _note_account(run: Path) -> None:
+    """As a long run does among its events: to read that back, more is imported."""
+    account, upto = Account.read_up_to(run / EVENTS)
+    journal = Journal.open(run / EVENTS, files=Files())
+    journal.append({"event": NOTED, **account.noted(upto)})
+    journal.close()
 
 
 @contextlib.contextmanager
