@@ -278,10 +278,7 @@ class StreamSource(Stateless):
         generators = generators_of_dataset(self._loader.dataset)
         with isolated_generators(*generators, seed=epoch_seed):
             iterator = started(self._inner, users=self._loader.worker_init_fn, base_seed=epoch_seed)
-        batches = self._read(iterator, epoch_seed, generators)
-        for _ in islice(batches, start):
-            pass
-        return batches
+        return self._after(self._read(iterator, epoch_seed, generators), start)
 
     def _read(self, iterator: Iterator[Any], epoch_seed: int, generators: list[Any]) -> Iterator[Any]:
         try:

@@ -16,13 +16,14 @@ from resumable_trainer.data.sequences import IterableSource, SequenceSource, Sta
 from resumable_trainer.errors import SettingsError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
 
 class Source(Protocol):
     """Batches of one kind of data."""
 
     skip_cost: str | None
+    passed_over: Callable[[], object]
     finds_place: bool
 
     def batches(self, *, epoch: int, start: int = 0) -> Iterator[Any]:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from itertools import islice
 from typing import Any
 
 
@@ -10,6 +11,8 @@ class Stateless:
     """The part of a source that has nothing to remember and nothing to release."""
 
     skip_cost: str | None = None
+    passed_over: Callable[[], object] = bool
+    """Told each batch that is read and thrown away on the way to a place: that may take as long as an epoch."""
 
     def batches(self, *, epoch: int, start: int = 0) -> Iterator[Any]:
         """Batches from number `start` of the epoch on."""
@@ -42,6 +45,12 @@ class Stateless:
 
     def close(self) -> None:
         """Nothing to do."""
+
+    def _after(self, batches: Iterator[Any], number: int) -> Iterator[Any]:
+        """The same without the first `number` of them, which are read by this call and thrown away."""
+        for _ in islice(batches, number):
+            self.passed_over()
+        return batches
 
 
 def num_samples(batch: Any) -> int:

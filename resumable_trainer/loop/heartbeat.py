@@ -4,7 +4,8 @@ The words are those of sd_notify(3): one datagram of `KEY=VALUE` lines to `$NOTI
 the training thread is a sign of life (a step, a batch of an evaluation, a snapshot, an epoch), never a timer, so that a
 hung loop is found. How long it may be silent is learned: ten times the longest silence so far, at least
 `FLOOR_SECONDS`, once an epoch's end with its evaluation and snapshot has been seen (in this launch or an earlier one);
-until then the watcher's own limit holds. Not watched, nothing is done and nothing is sent. Free of torch.
+until then, and once the run is closed, the watcher's own limit holds. Not watched, nothing is done and nothing is sent.
+Free of torch.
 """
 
 from __future__ import annotations
@@ -54,6 +55,7 @@ class Heartbeat:
         self._noted = longest_gap_seconds or 0.0
         self._longest = longest_gap_seconds or 0.0
         self._last = self._last_sent = self._status_at = clock()
+        self._own_limit = limit_seconds
         self._limit = limit_seconds  # as the watcher has it
         self._has_seen_epoch = longest_gap_seconds is not None
 
@@ -124,8 +126,14 @@ class Heartbeat:
         microseconds = _microseconds(_SAVING_SECONDS)
         self._tell("STOPPING=1", "STATUS=saving, then leaving", f"EXTEND_TIMEOUT_USEC={microseconds}", "WATCHDOG=1")
 
+    def closed(self) -> None:
+        """The run is closed; what the script does then, a test or an export, has no pace that is known."""
+        self._change_limit(self._own_limit)
+
     def _set_limit(self) -> None:
-        limit = max(self._floor, _TIMES_LONGEST * self._longest)
+        self._change_limit(max(self._floor, _TIMES_LONGEST * self._longest))
+
+    def _change_limit(self, limit: float) -> None:
         if self._limit and not 0.9 < limit / self._limit < 1.1:
             self._limit = limit
             self._tell(f"WATCHDOG_USEC={_microseconds(limit)}", "WATCHDOG=1")

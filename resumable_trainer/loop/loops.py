@@ -319,7 +319,14 @@ class Loops:
             return iter(())
         if loop.done and source.skip_cost:
             self._screen.say([f"resume  {source.skip_cost} ({loop.done} here)"])
+            source.passed_over = self._passed_over
         return self._shortened(source.weighed(epoch=self._cursor.epoch, start=loop.done), done=loop.done)
+
+    def _passed_over(self) -> None:
+        """A batch before the place was read again: a sign of life, and nothing that a notice must wait for."""
+        self._keeper.heart.beat()
+        if notices.leave is not None and self._keeper.all_is_durable():
+            self.leaving.leave(notices.leave, "on the way to its place in the data")
 
     def _shortened(self, batches: Iterator[Any], *, done: int = 0) -> Iterator[Any]:
         probe = self._keeper.settings.probe

@@ -155,6 +155,8 @@ class Run:
                 raise
         finally:
             notices.end()
+            if not isinstance(error, Stopped):
+                self._keeper.heart.closed()
             if isinstance(error, Interrupted):
                 notices.reset()  # in a notebook the process lives on, and the cell may be run again
 

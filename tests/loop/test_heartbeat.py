@@ -70,6 +70,13 @@ def test_what_an_earlier_launch_has_learned_holds_from_the_beginning() -> None:
     assert watched.limits() == [70.0]
 
 
+def test_what_a_script_does_after_its_run_has_the_watchers_own_limit() -> None:
+    watched = Watched(longest_gap_seconds=1.0)
+    watched.heart.ready()
+    watched.heart.closed()
+    assert watched.limits() == [30.0, 600.0], "it has no pace that is known"
+
+
 def test_signs_of_life_come_from_progress_alone_and_not_too_often() -> None:
     watched = Watched(floor_seconds=10.0)
     watched.heart.ready()
@@ -132,6 +139,7 @@ def test_a_run_tells_when_it_is_ready_how_it_goes_and_that_it_leaves(
     assert "EXTEND_TIMEOUT_USEC=" in told[0]
     assert told[1] == "READY=1\nSTATUS=ready", "and not: restoring"
     assert "WATCHDOG_USEC=30000000\nWATCHDOG=1" in told
+    assert told[-1] == "WATCHDOG_USEC=600000000\nWATCHDOG=1", "the run is closed, the script may go on"
 
 
 class Unshown(Exception):
