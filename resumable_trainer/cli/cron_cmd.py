@@ -6,7 +6,7 @@ import os
 import subprocess
 from typing import TYPE_CHECKING
 
-from resumable_trainer.cli.output import run_directory
+from resumable_trainer.cli.output import directory_to_forget, run_directory
 from resumable_trainer.cli.recorded import recorded_command
 from resumable_trainer.errors import SettingsError
 from resumable_trainer.service import cron
@@ -17,14 +17,15 @@ if TYPE_CHECKING:
 
 def run(args: argparse.Namespace) -> int:
     """Print, install or remove the entries."""
-    directory = run_directory(args).resolve()
     if args.action == "remove":
+        directory = directory_to_forget(args)
         old = _crontab()
         new = cron.without_entry(old, directory)
         if new != old:
             _install(new)
         print(f"removed: {directory}" if new != old else f"{directory} was not in the crontab")
         return 0
+    directory = run_directory(args).resolve()
     entry = cron.Entry(directory, recorded_command(directory).python, args.every, args.strict)
     if args.action == "print":
         print(cron.block(entry), end="")

@@ -29,6 +29,11 @@ def run_directory(args: argparse.Namespace) -> Path:
     return require_run(Path(args.run_dir))
 
 
+def directory_to_forget(args: argparse.Namespace) -> Path:
+    """The same, absolute; one that was named may be gone: what was installed for it must be removable all the same."""
+    return Path(args.run_dir).resolve() if args.run_dir else run_directory(args).resolve()
+
+
 def table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
     """Columns as wide as their widest cell; numbers to the right."""
     cells = [list(header), *([("" if cell is None else str(cell)) for cell in row] for row in rows)]

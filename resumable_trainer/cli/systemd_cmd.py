@@ -10,7 +10,7 @@ import subprocess
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from resumable_trainer.cli.output import run_directory
+from resumable_trainer.cli.output import directory_to_forget, run_directory
 from resumable_trainer.cli.recorded import recorded_command
 from resumable_trainer.durable.files import Files, remove_tree, write_replacing
 from resumable_trainer.errors import SettingsError, UsageError
@@ -27,26 +27,33 @@ _ASSUMED_VERSION = 252
 
 def run(args: argparse.Namespace) -> int:
     """Print, write or remove units; 0."""
+    if args.action == "remove":
+        return _remove(systemd.instance_of(directory_to_forget(args)), _units(user=args.user), args)
     directory = run_directory(args).resolve()
     if args.action == "ended":
         return _ended(directory)
     plan = _plan(directory, args)
     if args.action == "print":
         return _print(plan, as_json=args.json)
-    units = _units(user=args.user)
-    if args.action == "install":
-        return _install(plan, units, args)
-    return _remove(plan, units, args)
+    return _install(plan, _units(user=args.user), args)
 
 
 def _plan(directory: Path, args: argparse.Namespace) -> Plan:
     command = recorded_command(directory)
-    owner = pwd.getpwuid(directory.stat().st_uid)
+    owner = _owner(directory)
     home = Path(owner.pw_dir)
     writable = [Path(command.cwd), directory, home / ".cache" / "resumable_trainer"]
     for path in (*writable, Path(command.python)):
         if any("\ud800" <= c <= "\udfff" for c in str(path)):
             raise SettingsError(f"systemd: {str(path)!r} cannot stand in a unit: it is no UTF-8", path=path)
+    instance = systemd.instance_of(directory)
+    if len(instance) > systemd.LONGEST_NAME:
+        raise SettingsError(
+            f"systemd: {directory} is too long: its unit's name would have {len(instance)} characters,"
+            f" {systemd.LONGEST_NAME} are possible",
+            path=directory,
+            hint="move the run directory to a shorter path",
+        )
     return Plan(
         directory=directory,
         python=command.python,
@@ -56,6 +63,19 @@ def _plan(directory: Path, args: argparse.Namespace) -> Plan:
         version=_version(),
         hang_seconds=args.hang_timeout,
     )
+
+
+def _owner(directory: Path) -> pwd.struct_passwd:
+    """Whose the run is, and whose its unit will be."""
+    number = directory.stat().st_uid
+    try:
+        return pwd.getpwuid(number)
+    except KeyError:
+        raise SettingsError(
+            f"systemd: {directory} belongs to user {number}, who has no name on this machine",
+            path=directory,
+            hint="chown it to whoever is to train, or print the units where it is to run",
+        ) from None
 
 
 def _version() -> int:
@@ -108,12 +128,12 @@ def _install(plan: Plan, units: Path, args: argparse.Namespace) -> int:
     return 0
 
 
-def _remove(plan: Plan, units: Path, args: argparse.Namespace) -> int:
+def _remove(instance: str, units: Path, args: argparse.Namespace) -> int:
     """Stop and forget the run's unit; the template goes with the last of them."""
-    drop_in = units / plan.drop_in
+    drop_in = units / systemd.drop_in_of(instance)
     is_there = drop_in.exists()
     if is_there:
-        _systemctl(args, "disable", "--now", plan.instance)
+        _systemctl(args, "disable", "--now", instance)
         remove_tree(Files(), drop_in.parent)
     template = units / systemd.TEMPLATE
     if template.exists() and systemd.MARK in template.read_text() and not _others(units):
@@ -121,7 +141,7 @@ def _remove(plan: Plan, units: Path, args: argparse.Namespace) -> int:
     if is_there:
         _systemctl(args, "daemon-reload")
     words = "removed" if is_there else "was not installed"
-    print(json.dumps({"instance": plan.instance, "removed": is_there}) if args.json else f"{plan.instance}: {words}")
+    print(json.dumps({"instance": instance, "removed": is_there}) if args.json else f"{instance}: {words}")
     return 0
 
 
@@ -141,7 +161,7 @@ def _systemctl(args: argparse.Namespace, *words: str) -> None:
         raise SettingsError(
             f"{' '.join(command)} failed: {done.stderr.strip()}",
             found=done.returncode,
-            hint="the files are written; the journal (journalctl -xe) says more",
+            hint=f"the files in {_units(user=args.user)} stay; the journal (journalctl -xe) says more",
         )
 
 

@@ -117,7 +117,7 @@ def _answer(response: http.client.HTTPResponse) -> Answer | None:
         return None
     if not 200 <= response.status < 300:
         raise RefusedError(response.status, response.reason[:60])
-    return Answer(response.read(_MAX_BYTES).decode("utf-8", "replace"), response.getheader("ETag", ""))
+    return Answer(response.read(_MAX_BYTES).decode("utf-8-sig", "replace"), response.getheader("ETag", ""))
 
 
 class _InTime(io.RawIOBase):

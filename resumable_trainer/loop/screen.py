@@ -215,6 +215,6 @@ def status(cursor: Cursor, total: int | None, record: Record, latest: str | None
 def late(seconds_left: float, seconds_needed: float, latest: str | None) -> str:
     """A snapshot may not be finished before the machine goes."""
     return (
-        f"warning {seconds_left:.1f} s are left, and a snapshot usually takes {seconds_needed:.1f} s; it is tried,"
-        f" and {latest or 'nothing'} is durable already"
+        f"warning {max(0.0, seconds_left):.1f} s are left, and a snapshot usually takes {seconds_needed:.1f} s;"
+        f" it is tried, and {latest or 'nothing'} is durable already"
     )

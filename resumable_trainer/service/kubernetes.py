@@ -10,7 +10,7 @@ import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from resumable_trainer.errors import ExitCode
+from resumable_trainer.errors import ExitCode, SettingsError
 from resumable_trainer.service.budget import NO_USE
 
 if TYPE_CHECKING:
@@ -40,7 +40,17 @@ class Job:
 
 
 def manifest(job: Job) -> str:
-    """The Job."""
+    """The Job.
+
+    Raises:
+        SettingsError: A path cannot stand in a Job.
+    """
+    mount = str(job.directory.parent)
+    if ":" in mount:
+        raise SettingsError(f"k8s: {mount!r} cannot be mounted, as it has a colon", path=job.directory)
+    for text in (*job.arguments, job.cwd):
+        if any("\ud800" <= c <= "\udfff" for c in text):
+            raise SettingsError(f"k8s: {text!r} cannot stand in a Job: it is no UTF-8")
     name = re.sub(r"[^a-z0-9]+", "-", job.directory.name.lower()).strip("-")[:50].strip("-") or "run"
     rules = [
         {"action": "Ignore", "onPodConditions": [{"type": "DisruptionTarget"}]},
@@ -50,9 +60,10 @@ def manifest(job: Job) -> str:
     container = {
         "name": "training",
         "image": job.image,
-        "command": list(job.arguments),  # no shell: it would keep the signals for itself
+        # No shell: it would keep the signals for itself. "$(NAME)" means a variable, "$$" a dollar.
+        "command": [text.replace("$", "$$") for text in job.arguments],
         "workingDir": job.cwd,
-        "volumeMounts": [{"name": "runs", "mountPath": str(job.directory.parent)}],
+        "volumeMounts": [{"name": "runs", "mountPath": mount}],
     }
     pod = {
         "restartPolicy": "Never",

@@ -59,6 +59,7 @@ def script(job: Job) -> str:
             "training=$!",
             'wait "$training"; code=$?',
             'while kill -0 "$training" 2>/dev/null; do wait "$training"; code=$?; done  # the trap interrupts a wait',
+            'wait "$training"; code=$?  # it may have ended meanwhile; its code is still known',
             'if [ "$code" -eq 75 ]; then scontrol requeue "$SLURM_JOB_ID"; fi',
             'exit "$code"',
             "",

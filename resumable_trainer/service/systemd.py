@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 TEMPLATE = "resumable-trainer@.service"
 MARK = "# Written by resumable-trainer."
 _FINAL = (*NO_USE, ExitCode.INTERRUPTED)
+LONGEST_NAME = 253
+"""Characters of a unit's name: with ".d" it must be possible as the name of a directory."""
 _KEPT = frozenset(string.ascii_letters + string.digits + ":_.")
 _RESTART_STEPS_SINCE = 254
 
@@ -76,12 +78,22 @@ class Plan:
     @property
     def instance(self) -> str:
         """Name of the run's unit."""
-        return TEMPLATE.replace("@", f"@{escaped_path(str(self.directory))}")
+        return instance_of(self.directory)
 
     @property
     def drop_in(self) -> str:
         """Path of its drop-in, below the directory of units."""
-        return f"{self.instance}.d/run.conf"
+        return drop_in_of(self.instance)
+
+
+def instance_of(directory: Path) -> str:
+    """Name of the unit of a run directory, which is absolute."""
+    return TEMPLATE.replace("@", f"@{escaped_path(str(directory))}")
+
+
+def drop_in_of(instance: str) -> str:
+    """Path of a unit's drop-in, below the directory of units."""
+    return f"{instance}.d/run.conf"
 
 
 def template(plan: Plan) -> str:

@@ -104,6 +104,35 @@ def test_cron_is_installed_once_and_removed_whatever_the_name(
     assert tab.read_bytes() == before
 
 
+def test_what_was_installed_for_a_run_can_be_removed_when_the_run_is_gone(
+    named: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tab = fake_crontab(tmp_path, monkeypatch)
+    before, directory = tab.read_bytes(), named("a")
+    assert main(["cron", "install", str(directory)]) == 0
+    (tmp_path / "bin/systemctl").write_text("#!/bin/sh\n")
+    (tmp_path / "bin/systemctl").chmod(0o755)
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "config"))
+    assert main(["systemd", "install", "--user", str(directory)]) == 0
+    units = tmp_path / "config/systemd/user"
+    assert len(list(units.iterdir())) == 2
+    shutil.rmtree(directory)
+    assert main(["cron", "remove", str(directory)]) == 0
+    assert tab.read_bytes() == before
+    assert main(["systemd", "remove", "--user", str(directory)]) == 0
+    assert list(units.iterdir()) == []
+
+
+def test_a_run_that_can_have_no_unit_is_refused_in_one_line(
+    named: Callable[[str], Path], capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert main(["systemd", "print", str(named("x" * 200))]) == 78
+    assert "is too long" in capfd.readouterr().err
+    monkeypatch.setattr("pwd.getpwuid", {}.__getitem__)
+    assert main(["systemd", "print", str(named("a"))]) == 78
+    assert "who has no name on this machine" in capfd.readouterr().err
+
+
 def test_a_crontab_that_cannot_be_read_is_not_replaced(
     named: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:

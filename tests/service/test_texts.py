@@ -106,6 +106,18 @@ def test_a_warning_is_passed_on_and_the_job_queued_again(tmp_path: Path) -> None
     assert (tmp_path / "requeued").read_text() == "requeue 7\n"
 
 
+def test_a_training_that_has_saved_before_the_shell_waits_again_is_queued_again(tmp_path: Path) -> None:
+    script, environment = slurm_job(tmp_path, "preempt")
+    text = script.read_text().replace(
+        "2>/dev/null' USR1", "2>/dev/null; sleep 2' USR1", 1
+    )  # a trap that takes its time
+    warned = "(while [ ! -e started ]; do sleep 0.1; done; kill -USR1 $$) &\n"
+    wait = 'wait "$training"; code=$?\n'
+    script.write_text(text.replace(wait, warned + wait, 1))
+    assert subprocess.run(["bash", script], env=environment, check=False, timeout=60).returncode == 75
+    assert (tmp_path / "requeued").read_text() == "requeue 7\n"
+
+
 def test_a_batch_script_has_the_options_and_quotes_the_path() -> None:
     text = slurm.script(slurm.Job(HOSTILE, "python", "/srv/a b", options=("--gres=gpu:1",)))
     assert subprocess.run(["bash", "-n"], input=text, text=True, check=False).returncode == 0
@@ -133,3 +145,14 @@ def test_a_job_of_kubernetes_is_started_again_only_where_that_is_of_use() -> Non
     assert container["volumeMounts"] == [{"name": "runs", "mountPath": "/srv/a b/50%"}]
     assert pod["volumes"] == [{"name": "runs", "persistentVolumeClaim": {"claimName": "claim"}}]
     assert pod["terminationGracePeriodSeconds"] == 120
+
+
+def test_a_job_holds_dollars_as_they_are_and_no_path_that_cannot_be_mounted() -> None:
+    text = kubernetes.manifest(kubernetes.Job(Path("/srv/$(HOME)/$$"), ("python", "/srv/$(HOME)/$$"), "i", "c", "/app"))
+    (container,) = json.loads(text)["spec"]["template"]["spec"]["containers"]
+    assert container["command"] == ["python", "/srv/$$(HOME)/$$$$"], (
+        "Kubernetes would put in a variable, and halve the rest"
+    )
+    for path, argument in (("/srv/a:b/run", "x"), ("/srv/a/run", "\udcff")):
+        with pytest.raises(SettingsError):
+            kubernetes.manifest(kubernetes.Job(Path(path), (argument,), "i", "c", "/app"))
