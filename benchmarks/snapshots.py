@@ -271,11 +271,11 @@ def measure_tensors(laps: Laps, *, num_bytes: int, rounds: int, directory: str) 
         values = [nn.Parameter(torch.ones(num_bytes // 4 // count)) for _ in range(count)]
         model = nn.ParameterList(values)
         own = Own(Path(directory) / name, {"model": model})
-        copies = [torch.empty_like(value) for value in values]
+        copies = torch.ones(num_bytes // 4)
 
         def copy() -> None:
             with torch.no_grad():
-                torch._foreach_copy_(copies, values)
+                torch.cat(values, out=copies)
 
         def act() -> Mapping[str, float]:
             with torch.no_grad():

@@ -31,6 +31,7 @@ _MANY_TENSORS = 1024  # from here on the calls cost more than their bytes, and t
 _MADV_WIPEONFORK = 18
 _WORTH_ROWS = 16  # fewer are not worth a call of their own
 _MOST_ROWS = 256  # more are shared by two threads
+_SMALL_BYTES = 64 << 10  # a larger tensor has a call of its own, which copies it faster
 
 
 def stage(tensors: Mapping[str, Mapping[str, torch.Tensor]]) -> Named:
@@ -158,7 +159,7 @@ def _continues(sources: Sequence[torch.Tensor], targets: Sequence[torch.Tensor],
         sources[number - 1].device.type == sources[number].device.type == "cpu"
         and one.dtype == other.dtype
         and one.ndim > 0
-        and one.numel() > 0
+        and 0 < one.nbytes <= _SMALL_BYTES
         and one.shape[1:] == other.shape[1:]
         and one.data_ptr() + one.nbytes == other.data_ptr()
     )
