@@ -158,7 +158,7 @@ def _continues(sources: Sequence[torch.Tensor], targets: Sequence[torch.Tensor],
     return (
         sources[number - 1].device.type == sources[number].device.type == "cpu"
         and one.dtype == other.dtype
-        and one.ndim > 0
+        and one.ndim == other.ndim > 0
         and 0 < one.nbytes <= _SMALL_BYTES
         and one.shape[1:] == other.shape[1:]
         and one.data_ptr() + one.nbytes == other.data_ptr()

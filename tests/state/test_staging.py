@@ -234,3 +234,18 @@ def test_neighbours_that_are_rows_of_one_are_copied_as_what_they_are(
     assert not arena._rows, "what stands for nothing is copied one by one"
     other = {"s": {str(n): tensor for n, tensor in enumerate(rows(*[(3,) for _ in range(60)]))}}
     assert equal(arena.stage(other, structure=object()), other)
+
+
+def test_a_number_behind_many_vectors_is_no_row_of_theirs() -> None:
+    tensors = {str(i): torch.full((3,), float(i)) for i in range(20)} | {"n": torch.tensor(7.0)}
+    tensors |= {f"more {i}": torch.full((3,), float(i)) for i in range(20)}
+    staged = Arena().stage({"model": tensors}, structure=object())["model"]
+    assert all(torch.equal(staged[name], tensor) for name, tensor in tensors.items())
+
+
+def test_neighbours_of_another_dtype_are_no_rows_of_theirs() -> None:
+    dtypes = [torch.float32, torch.int32] * 20
+    tensors = {str(i): torch.full((4,), i, dtype=dtype) for i, dtype in enumerate(dtypes)}
+    staged = Arena().stage({"model": tensors}, structure=object())["model"]
+    assert all(torch.equal(staged[name], tensor) for name, tensor in tensors.items())
+    assert [tensor.dtype for tensor in staged.values()] == dtypes
