@@ -17,6 +17,7 @@ from benchmarks.table import Goal, Row, Side
 from benchmarks.timing import Bench, alternately, timed
 
 if TYPE_CHECKING:
+    import io
     from collections.abc import Iterator, Mapping
 
     from torch import nn
@@ -70,9 +71,7 @@ def measure(laps: Laps, *, num_bytes: int, rounds: int, directory: str) -> None:
 
     def read() -> None:
         with (root / "raw").open("rb", buffering=0) as file:
-            view, place = memoryview(buffer.numpy()), 0
-            while place < len(view):
-                place += file.readinto(view[place:]) or 0
+            fill(buffer, file)
         place = 0
         for tensor in jobs.tensors_of(model, optimizer):
             size = tensor.numel() * tensor.element_size()
@@ -83,9 +82,7 @@ def measure(laps: Laps, *, num_bytes: int, rounds: int, directory: str) -> None:
     def read_alone() -> None:
         with (root / "raw").open("rb", buffering=0) as file:
             for tensor in jobs.tensors_of(model, optimizer):
-                view, place = memoryview(tensor.view(-1).view(torch.uint8).numpy()), 0
-                while place < len(view):
-                    place += file.readinto(view[place:]) or 0
+                fill(tensor, file)
         touch(model, optimizer)
 
     def arm(name: str, act: object) -> Mapping[str, float]:
@@ -98,6 +95,13 @@ def measure(laps: Laps, *, num_bytes: int, rounds: int, directory: str) -> None:
         lambda: arm("read alone", read_alone),
     ]
     laps.turn({**alternately(arms, rounds=rounds), "in place": in_place})
+
+
+def fill(tensor: torch.Tensor, file: io.FileIO) -> None:
+    """Read the bytes of a contiguous tensor."""
+    view, place = memoryview(tensor.view(-1).view(torch.uint8).numpy()), 0
+    while place < len(view):
+        place += file.readinto(view[place:]) or 0
 
 
 def touch(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:

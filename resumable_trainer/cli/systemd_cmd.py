@@ -17,6 +17,7 @@ from resumable_trainer.errors import SettingsError, UsageError
 from resumable_trainer.loop import launch
 from resumable_trainer.service import systemd
 from resumable_trainer.service.systemd import Plan
+from resumable_trainer.service.texts import is_utf8
 
 if TYPE_CHECKING:
     import argparse
@@ -44,7 +45,7 @@ def _plan(directory: Path, args: argparse.Namespace) -> Plan:
     home = Path(owner.pw_dir)
     writable = [Path(command.cwd), directory, home / ".cache" / "resumable_trainer"]
     for path in (*writable, Path(command.python)):
-        if any("\ud800" <= c <= "\udfff" for c in str(path)):
+        if not is_utf8(str(path)):
             raise SettingsError(f"systemd: {str(path)!r} cannot stand in a unit: it is no UTF-8", path=path)
     instance = systemd.instance_of(directory)
     if len(instance) > systemd.LONGEST_NAME:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from resumable_trainer.errors import ExitCode, SettingsError
 from resumable_trainer.service.budget import NO_USE
+from resumable_trainer.service.texts import is_utf8
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -49,7 +50,7 @@ def manifest(job: Job) -> str:
     if ":" in mount:
         raise SettingsError(f"k8s: {mount!r} cannot be mounted, as it has a colon", path=job.directory)
     for text in (*job.arguments, job.cwd):
-        if any("\ud800" <= c <= "\udfff" for c in text):
+        if not is_utf8(text):
             raise SettingsError(f"k8s: {text!r} cannot stand in a Job: it is no UTF-8")
     name = re.sub(r"[^a-z0-9]+", "-", job.directory.name.lower()).strip("-")[:50].strip("-") or "run"
     rules = [
