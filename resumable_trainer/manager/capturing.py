@@ -17,11 +17,14 @@ from resumable_trainer.snapshot.tree import Flat, Plain, references
 from resumable_trainer.snapshot.unchanged import WORTH_BYTES
 from resumable_trainer.state import filling, generators, modes
 from resumable_trainer.state.overlap import Fence, changed_by_steps_alone
-from resumable_trainer.state.parts import capture_part, live_tensors
+from resumable_trainer.state.parts import capture_part
 from resumable_trainer.state.staging import Arena
+from resumable_trainer.state.walk import walk_all
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
+
+    from resumable_trainer.state.walk import Walked
 
 
 class Capturing:
@@ -62,9 +65,10 @@ class Capturing:
             return self._planner.flatten(trees, _lying_apart(trees))
 
     def _trees(self, used_gradients: set[int]) -> dict[str, object]:
-        gradients = modes.capture_gradients(self._state, used=used_gradients)
-        trees = {name: _tree_of(part) for name, part in self._state.items()}
-        return {**trees, "modes": modes.capture_modes(self._state), "gradients": gradients}
+        walked = walk_all(self._state)
+        gradients = modes.capture_gradients(walked, used=used_gradients)
+        trees = {name: _tree_of(part, walked.get(name)) for name, part in self._state.items()}
+        return {**trees, "modes": modes.capture_modes(walked), "gradients": gradients}
 
     def stage(self, captured: Flat) -> Flat:
         """A copy of a captured state, in memory that is used again by the next call."""
@@ -91,9 +95,8 @@ class Capturing:
         return changed_by_steps_alone(self._state, captured.tensors, {*references(others)})
 
 
-def _tree_of(part: object) -> object:
-    tensors = live_tensors(part) if isinstance(part, nn.Module) else None
-    return capture_part(part) if tensors is None else Plain(tensors)
+def _tree_of(part: object, walked: Walked | None) -> object:
+    return capture_part(part) if walked is None or walked.tensors is None else Plain(walked.tensors)
 
 
 def _lying_apart(trees: Mapping[str, Any]) -> dict[str, list[str]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from resumable_trainer.manager import held
@@ -50,7 +51,7 @@ class Facts:
     taken: str = field(default_factory=lambda: held.now())
     stall_seconds: float = 0.0
 
-    @property
+    @cached_property
     def name(self) -> str:
         """Name of the snapshot's directory."""
         return snapshot_name(self.position, epoch_complete=self.epoch_complete)

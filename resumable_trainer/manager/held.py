@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import time
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
@@ -151,4 +153,10 @@ def usable(directory: Path) -> Iterator[None]:
 
 def now() -> str:
     """The time as events and manifests have it: ISO 8601, UTC, to the millisecond."""
-    return datetime.datetime.now(datetime.UTC).isoformat(timespec="milliseconds")
+    milliseconds = time.time_ns() // 1_000_000
+    return f"{_second(milliseconds // 1000)}.{milliseconds % 1000:03}+00:00"
+
+
+@lru_cache(maxsize=1)  # three times in each snapshot, of which many are taken in a second
+def _second(since_epoch: int) -> str:
+    return datetime.datetime.fromtimestamp(since_epoch, datetime.UTC).strftime("%Y-%m-%dT%H:%M:%S")

@@ -104,7 +104,7 @@ class Committer:
         self._store = store
         self._files = files
         self._retain = retain
-        self._kept: list[Kept] | None = None
+        self._kept: dict[str, Kept] | None = None  # by name, oldest first
 
     def continue_from(self, newest: Newest | None) -> None:
         """The newest durable snapshot from now on; what else there is, is looked up anew."""
@@ -189,7 +189,12 @@ class Committer:
     def doomed(self, new: Kept) -> list[str]:
         """What retention deletes once the new snapshot is there; never the newest durable one."""
         stays = {new.name, self.newest.name if self.newest is not None else new.name}
-        return [name for name in self._retain(self._with(new)) if name not in stays]
+        kept = self._all_kept()
+        # It may be found on disk already.
+        others = (
+            [snapshot for name, snapshot in kept.items() if name != new.name] if new.name in kept else kept.values()
+        )
+        return [name for name in self._retain([*others, new]) if name not in stays]
 
     def retire(self, new: Kept, note: Callable[..., None]) -> None:
         """Apply retention; only now, when the new snapshot is durable. What cannot be deleted stays."""
@@ -207,22 +212,21 @@ class Committer:
         self.newest = Newest(new.name, own_digest)
 
     def _keep(self, new: Kept, doomed: Sequence[str]) -> None:
-        self._kept = [snapshot for snapshot in self._with(new) if snapshot.name not in doomed]
-
-    def _with(self, new: Kept) -> list[Kept]:
-        """All that there is once the new snapshot is; it may be found on disk already."""
-        return [*(snapshot for snapshot in self._all_kept() if snapshot.name != new.name), new]
+        kept = self._all_kept()
+        for name in (new.name, *doomed):
+            kept.pop(name, None)
+        kept[new.name] = new
 
     def _forget(self, name: str) -> None:
-        self._kept = [snapshot for snapshot in self._all_kept() if snapshot.name != name]
+        self._all_kept().pop(name, None)
 
-    def _all_kept(self) -> list[Kept]:
+    def _all_kept(self) -> dict[str, Kept]:
         """Facts for retention of every committed snapshot, read from disk once and then kept."""
         if self._kept is None:
-            kept = []
+            kept = {}
             for name in self._store.names():
                 try:
-                    kept.append(kept_of(self._store.manifest(name)))
+                    kept[name] = kept_of(self._store.manifest(name))
                 except (DamagedSnapshotError, SnapshotGoneError):
                     continue  # stays where it is: retention deletes only what it can read
             self._kept = kept

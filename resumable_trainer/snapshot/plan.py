@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from resumable_trainer.snapshot.likeness import Likeness
 from resumable_trainer.snapshot.tree import MAX_DEPTH, Flat, Plain, TreeWriter
 
 if TYPE_CHECKING:
@@ -70,7 +71,8 @@ class _Node:
 
     def is_at(self, section: str, path: tuple[Any, ...]) -> bool:
         """Whether it stands at this place; True is no 1 here."""
-        return self.section == section and self.path == path and [*map(type, self.path)] == [*map(type, path)]
+        is_here = self.section == section and self.path == path
+        return is_here and (not path or [*map(type, self.path)] == [*map(type, path)])
 
 
 @dataclass
@@ -146,18 +148,39 @@ class _Recorder(TreeWriter):
         """What the next state may follow, given the encoded sections; None if this one is too unusual."""
         if not all({*map(type, node.path)} <= _PLACES for node in self.nodes):
             return None
-        likeness = _likeness(self.leaves, self.marked)
-        stored = {file: self.stored[file] for file in self.found()}  # Invariant: files come in the order of `found`
+        likeness = Likeness(self.leaves, self.marked)
+        # Invariant: files come in the order of `found`.
+        stored = {file: _Picked.of(self.stored[file]) for file in self.found()}
         # A dict of its own: the one that is given out is written down while the next state is taken apart.
-        return None if likeness is None else _Plan(self.apart, self.nodes, stored, likeness, dict(values))
+        return _Plan(self.apart, self.nodes, stored, likeness, dict(values)) if likeness.is_usual else None
+
+
+@dataclass(frozen=True)
+class _Picked:
+    """Which tensors are in a file, by their numbers, and under which names."""
+
+    names: list[str]
+    numbers: list[int]
+    first: int | None  # if they follow one another
+
+    @classmethod
+    def of(cls, stored: Mapping[str, int]) -> _Picked:
+        numbers = [*stored.values()]
+        is_run = numbers == [*range(numbers[0], numbers[0] + len(numbers))]
+        return cls([*stored], numbers, numbers[0] if is_run else None)
+
+    def out_of(self, leaves: Sequence[torch.Tensor]) -> dict[str, torch.Tensor]:
+        if self.first is not None:
+            return dict(zip(self.names, leaves[self.first : self.first + len(self.names)], strict=True))
+        return dict(zip(self.names, [leaves[number] for number in self.numbers], strict=True))
 
 
 @dataclass(frozen=True, eq=False)
 class _Plan:
     apart: Mapping[str, Collection[str]]
     nodes: list[_Node]
-    stored: dict[str, dict[str, int]]
-    likeness: tuple[Any, ...]
+    stored: dict[str, _Picked]
+    likeness: Likeness
     values: dict[str, Any]  # of the newest state
 
     def follow(self, sections: Mapping[str, object]) -> Flat | None:
@@ -165,17 +188,13 @@ class _Plan:
         follower = _Follower(plan=self)
         try:
             values = {name: self._newest(name, follower.section(name, tree)) for name, tree in sections.items()}
-            is_like = _likeness(follower.leaves, follower.marked) == self.likeness
+            is_like = follower.done == len(self.nodes) and self.likeness.holds_for(follower.leaves, follower.marked)
         except Exception:  # noqa: BLE001 - taking it apart in full says what is wrong with it, if anything is
             return None
         if not is_like:
             return None
         self.values.update(values)
-        live = follower.leaves
-        tensors = {
-            file: dict(zip(numbers, [live[number] for number in numbers.values()], strict=True))
-            for file, numbers in self.stored.items()
-        }
+        tensors = {file: picked.out_of(follower.leaves) for file, picked in self.stored.items()}
         return Flat(values, tensors, self)
 
     def _newest(self, section: str, encoded: Any) -> Any:
@@ -265,23 +284,3 @@ def _is_plain(value: object, depth: int = 0) -> bool:
     else:
         return value is None or kind in (bool, int, float, str)
     return depth < MAX_DEPTH and all(_is_plain(each, depth + 1) for each in inner)
-
-
-def _likeness(leaves: Sequence[torch.Tensor], marked: Sequence[torch.Tensor]) -> tuple[Any, ...] | None:
-    """All that names, references and encodings of tensors depend on; None for tensors that are not planned with.
-
-    Two tensors at one address are told apart by shape and stride, which are compared too.
-    """
-    dtypes = [leaf.dtype for leaf in leaves]
-    if any(dtype.is_complex for dtype in {*dtypes}) or any(map(torch.Tensor.is_neg, leaves)):
-        return None  # they may be views that negate or conjugate when they are read
-    addresses = [*map(torch.Tensor.data_ptr, leaves)]
-    shared: list[int] | None = None
-    if len({*addresses}) < len(addresses):
-        first: dict[int, int] = {}
-        shared = [first.setdefault(address, number) for number, address in enumerate(addresses)]
-    strides = None if all(map(torch.Tensor.is_contiguous, leaves)) else [leaf.stride() for leaf in leaves]
-    parameters = [type(leaf) is torch.nn.Parameter for leaf in marked]
-    trained = [leaf.requires_grad for leaf in marked] if any(parameters) else None
-    places = [leaf.device for leaf in leaves]
-    return dtypes, [leaf.shape for leaf in leaves], strides, places, shared, parameters, trained

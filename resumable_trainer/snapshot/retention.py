@@ -80,9 +80,11 @@ def to_delete(
         keep_every_steps: Snapshots within an epoch at each N-th step stay.
         mode: Whether larger ("max") or smaller values are better.
     """
+    if len(snapshots) <= keep_last:
+        return []
     stay = {snapshot.name for snapshot in snapshots[-max(1, keep_last) :]}
     stay.update(snapshot.name for snapshot in best_of(snapshots, mode=mode)[:keep_best])
-    for snapshot in snapshots:
+    for snapshot in snapshots if keep_every or keep_every_steps else ():
         if keep_every and snapshot.epoch_complete and snapshot.position.epoch % keep_every == 0:
             stay.add(snapshot.name)
         if keep_every_steps and not snapshot.epoch_complete and snapshot.position.step % keep_every_steps == 0:

@@ -37,6 +37,7 @@ if TYPE_CHECKING:
 
 MAX_DEPTH = 40
 _INLINE_ARRAY_BYTES = 1024
+_WORDS = (str, bool, types.NoneType)  # which stand for themselves
 _USUAL_NAN = struct.pack(">d", math.nan).hex()
 _FACTORIES = {"list": list, "dict": dict, "int": int, "float": float, "set": set}
 _TORCH_DTYPES = {str(d).removeprefix("torch."): d for d in vars(torch).values() if isinstance(d, torch.dtype)}
@@ -259,8 +260,10 @@ def is_dense(shape: Sequence[int], strides: Sequence[int]) -> bool:
 
 
 def _encode_dict(writer: TreeWriter, value: dict[Any, Any], path: tuple[Any, ...]) -> Any:
-    if all(type(key) is str and not key.startswith("$") for key in value):
-        return {key: writer.value(inner, (*path, key)) for key, inner in value.items()}
+    if {*map(type, value)} <= {str} and "$" not in {key[:1] for key in value}:
+        return {
+            key: inner if type(inner) in _WORDS else writer.value(inner, (*path, key)) for key, inner in value.items()
+        }
     return {"$dict": writer.pairs(value, path)}
 
 
@@ -296,7 +299,8 @@ def _encode_array(writer: TreeWriter, value: np.ndarray[Any, Any], path: tuple[A
         raise writer.unsafe(value, path, f"is an array of dtype {value.dtype}")
     if value.nbytes > _INLINE_ARRAY_BYTES and value.dtype.kind in "biufc" and value.dtype.isnative:
         try:
-            tensor = torch.from_numpy(np.ascontiguousarray(value).reshape(value.shape))
+            row_major = value if value.flags.c_contiguous else np.ascontiguousarray(value).reshape(value.shape)
+            tensor = torch.from_numpy(row_major)
         except TypeError:
             pass  # a dtype that torch does not know
         else:

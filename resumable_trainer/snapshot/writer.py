@@ -101,9 +101,10 @@ class StateFiles:
 
     def size(self) -> tuple[int, int]:
         """Bytes that it takes, headers and manifest included, and how many new files and directories."""
-        tensors = sum(image.num_bytes for image in self._images().values())
+        tensors = sum(image.num_bytes for image in self._images.values())
         return len(self._values) + tensors + _MANIFEST_BYTES, len(self._flat.tensors) + 3
 
+    @cached_property
     def _images(self) -> dict[str, Image]:
         """By name of the file."""
         worked, tensors = self._worked, self._flat.tensors
@@ -121,14 +122,14 @@ class StateFiles:
             OSError: A file could not be made durable; the directory is to be thrown away.
         """
         entries = {STATE: _entry(write_new_file(files, directory / STATE, self._values))}
-        for name, image in self._images().items():
+        for name, image in self._images.items():
             entries[name] = _linked_or_written(files, directory / name, image, self._worked.unchanged)
         return entries
 
     def in_memory(self) -> dict[str, bytes]:
         """The same files as bytes by name; for small states."""
         found = {STATE: self._values}
-        for name, image in self._images().items():
+        for name, image in self._images.items():
             pieces = _Pieces()
             image.write(pieces)
             found[name] = b"".join(pieces)

@@ -10,14 +10,20 @@ only *that* it had one is kept (as zeros, which is what the next `zero_grad` lea
 
 from __future__ import annotations
 
+from itertools import chain
+from types import NoneType
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 from torch.optim import Optimizer
 
+from resumable_trainer.state.walk import walk, walk_all
+
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterator, Mapping
+
+    from resumable_trainer.state.walk import Walked
 
 
 class StepWatch:
@@ -58,31 +64,31 @@ def _ids(optimizer: Optimizer) -> set[int]:
     return {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
 
 
-def capture_modes(state: Mapping[str, object]) -> dict[str, Any]:
+def capture_modes(walked: Mapping[str, Walked]) -> dict[str, Any]:
     """Training flags and frozen parameters of all modules, as short lists of exceptions."""
     return {
         name: {
-            "training": part.training,
+            "training": part.module.training,
             "otherwise": _otherwise(part),
             "frozen": frozen_parameters(part),
         }
-        for name, part in state.items()
-        if isinstance(part, nn.Module)
+        for name, part in walked.items()
     }
 
 
-def _otherwise(module: nn.Module) -> list[str]:
+def _otherwise(part: Walked) -> list[str]:
     """Names of the modules in it whose training flag is not its own."""
-    if {inner.training for inner in module.modules()} == {module.training}:
+    training = part.module.training
+    if {inner.training for inner in part.modules} == {training}:
         return []
-    return [name for name, inner in module.named_modules() if inner.training != module.training]
+    return [name for name, inner in part.module.named_modules() if inner.training != training]
 
 
-def frozen_parameters(module: nn.Module) -> list[str]:
+def frozen_parameters(part: Walked) -> list[str]:
     """Names of the parameters that are not trained."""
-    if all(parameter.requires_grad for parameter in _all_parameters(module)):
-        return []  # names cost more than all else here
-    return [name for name, parameter in module.named_parameters() if not parameter.requires_grad]
+    if all(part.trained):
+        return []
+    return [name for name, parameter in _each_once(part, set()) if not parameter.requires_grad]
 
 
 def restore_modes(state: Mapping[str, object], saved: Mapping[str, Any]) -> None:
@@ -93,25 +99,24 @@ def restore_modes(state: Mapping[str, object], saved: Mapping[str, Any]) -> None
             otherwise, frozen = set(modes["otherwise"]), set(modes["frozen"])
             for module_name, module in part.named_modules():
                 module.training = modes["training"] != (module_name in otherwise)
-            if frozen == {*frozen_parameters(part)}:
+            if frozen == {*frozen_parameters(walk(part))}:
                 continue
             for parameter_name, parameter in part.named_parameters():
                 parameter.requires_grad_(parameter_name not in frozen)
 
 
-def capture_gradients(state: Mapping[str, object], *, used: Collection[int]) -> dict[str, Any]:
+def capture_gradients(walked: Mapping[str, Walked], *, used: Collection[int]) -> dict[str, Any]:
     """Gradients still to be used (live tensors), and the names of those that were used."""
     pending: dict[str, dict[str, torch.Tensor]] = {}
     spent: dict[str, list[str]] = {}
-    if all(parameter.grad is None for parameter in _parameters_of_all(state)):
+    if all({*map(type, part.gradients)} <= {NoneType} for part in walked.values()):
         return {"pending": pending, "spent": spent}
-    for name, parameter_name, parameter in _parameters(state):
-        if parameter.grad is None:
-            continue
-        if id(parameter) in used:
-            spent.setdefault(name, []).append(parameter_name)
-        else:
-            pending.setdefault(name, {})[parameter_name] = parameter.grad
+    for name, parameter_name, parameter in _parameters(walked):
+        if parameter.grad is not None:
+            if id(parameter) in used:
+                spent.setdefault(name, []).append(parameter_name)
+            else:
+                pending.setdefault(name, {})[parameter_name] = parameter.grad
     return {"pending": pending, "spent": spent}
 
 
@@ -123,11 +128,12 @@ def restore_gradients(state: Mapping[str, object], saved: Mapping[str, Any]) -> 
     """
     used: set[int] = set()
     spent = {name: set(names) for name, names in saved["spent"].items()}
+    walked = walk_all(state)
     if not spent and not saved["pending"]:
-        for parameter in _parameters_of_all(state):
+        for parameter in chain.from_iterable(part.parameters for part in walked.values()):
             parameter.grad = None
         return used
-    for name, parameter_name, parameter in _parameters(state):
+    for name, parameter_name, parameter in _parameters(walked):
         pending = saved["pending"].get(name, {}).get(parameter_name)
         if pending is not None:
             parameter.grad = pending.to(parameter.device)
@@ -139,25 +145,17 @@ def restore_gradients(state: Mapping[str, object], saved: Mapping[str, Any]) -> 
     return used
 
 
-def _all_parameters(module: nn.Module) -> list[nn.Parameter]:
-    """Each parameter, as often as it is named."""
-    found = [parameter for inner in module.modules() for parameter in inner._parameters.values()]
-    return [parameter for parameter in found if parameter is not None]
+def _each_once(part: Walked, seen: set[int]) -> Iterator[tuple[str, nn.Parameter]]:
+    """Each parameter under the first name that leads to it, if it was not seen before."""
+    for name, parameter in zip(part.names, part.parameters, strict=True):
+        if id(parameter) not in seen:
+            seen.add(id(parameter))
+            yield name, parameter
 
 
-def _parameters_of_all(state: Mapping[str, object]) -> Iterator[nn.Parameter]:
-    """Each parameter of all modules, as often as it is named; names cost more than all else here."""
-    for part in state.values():
-        if isinstance(part, nn.Module):
-            yield from _all_parameters(part)
-
-
-def _parameters(state: Mapping[str, object]) -> Iterator[tuple[str, str, nn.Parameter]]:
+def _parameters(walked: Mapping[str, Walked]) -> Iterator[tuple[str, str, nn.Parameter]]:
     """Each parameter of all modules once, under the first name that leads to it."""
     seen: set[int] = set()
-    for name, part in state.items():
-        if isinstance(part, nn.Module):
-            for parameter_name, parameter in part.named_parameters():
-                if id(parameter) not in seen:
-                    seen.add(id(parameter))
-                    yield name, parameter_name, parameter
+    for name, part in walked.items():
+        for parameter_name, parameter in _each_once(part, seen):
+            yield name, parameter_name, parameter

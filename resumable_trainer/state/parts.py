@@ -26,7 +26,6 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
 RESERVED_NAMES = frozenset({"generators", "gradients", "loop", "manifest", "modes", "state"})
-_STATE_METHODS = ("state_dict", "_save_to_state_dict", "get_extra_state")
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,99}")
 
 
@@ -68,34 +67,18 @@ def capture_part(part: object) -> object:
     """The part's state as a tree; tensors in it are live, not copied."""
     if generators.is_generator(part):
         return generators.capture_generator(part)
+    if isinstance(part, Optimizer) and _saves_as_torch_does(part):
+        return _optimizer_state(part)
     tree = cast("Stateful", part).state_dict()  # checked at the beginning, which is not cheap
     return dict(tree) if isinstance(part, nn.Module) else tree
 
 
-def live_tensors(module: nn.Module) -> dict[str, Any] | None:
-    """A module's `state_dict()` with the parameters themselves in it, for those who copy it at once.
-
-    The plain tensors that `state_dict()` makes of them cost more than anything else that is done about a small one.
-
-    Returns:
-        None where a module in it makes its state in a way of its own, which may tell the two apart.
-    """
-    if not all(map(_saves_as_torch_does, module.modules())):
-        return None
-    tree = dict(module.state_dict(keep_vars=True))
-    return tree if {*map(type, tree.values())} <= {torch.Tensor, nn.Parameter} else None
+def _saves_as_torch_does(optimizer: Optimizer) -> bool:
+    return type(optimizer).state_dict is Optimizer.state_dict and "state_dict" not in vars(optimizer)
 
 
-def _saves_as_torch_does(module: nn.Module) -> bool:
-    kind = type(module)
-    return (
-        kind.state_dict is nn.Module.state_dict
-        and kind._save_to_state_dict is nn.Module._save_to_state_dict
-        and kind.get_extra_state is nn.Module.get_extra_state
-        and not module._state_dict_hooks
-        and not module._state_dict_pre_hooks
-        and module.__dict__.keys().isdisjoint(_STATE_METHODS)
-    )
+# Without the wrapping that keeps torch's compiler out, which no compiled code comes near.
+_optimizer_state = getattr(Optimizer.state_dict, "__wrapped__", Optimizer.state_dict)
 
 
 def mismatches(name: str, part: object, saved: object) -> list[str]:

@@ -14,20 +14,24 @@ import contextlib
 import mmap
 import os
 from concurrent.futures import ThreadPoolExecutor
-from typing import TYPE_CHECKING
+from itertools import chain
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
 from resumable_trainer.state.overlap import Copying
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Collection, Mapping, Sequence
+    from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 
 Named = dict[str, dict[str, torch.Tensor]]
 _ALIGNMENT = 64  # of the first tensor of a section; the others follow without gaps that their dtype does not ask for
 _HUGE_BYTES = 8 << 20  # from here on memory comes in huge pages, where the system has them
 _MANY_TENSORS = 1024  # from here on the calls cost more than their bytes, and two threads share them
 _MADV_WIPEONFORK = 18
+_WORTH_ROWS = 16  # fewer are not worth a call of their own
+_MOST_ROWS = 256  # more are shared by two threads
+_SMALL_BYTES = 64 << 10  # a larger tensor has a call of its own, which copies it faster
 
 
 def stage(tensors: Mapping[str, Mapping[str, torch.Tensor]]) -> Named:
@@ -45,6 +49,7 @@ class Arena:
         self._memory = torch.empty(0, dtype=torch.uint8)
         self._staged: Named = {}
         self._targets: list[torch.Tensor] = []
+        self._rows: list[Rows] = []
         self._description: object = None
         self._structure: object = None
         self._copying: Copying | None = None  # the newest, under way or not
@@ -69,12 +74,13 @@ class Arena:
         """
         self.settle()
         self._copying = None
-        sources = [tensor for named in tensors.values() for tensor in named.values()]
+        sources = [*chain.from_iterable(map(_tensors_of, tensors.values()))]
         if structure is None or structure is not self._structure:
             self._lay_out(tensors, sources)
             self._structure = structure
+            self._rows = [] if structure is None else rows_of(sources, self._targets)
         if not later:
-            copy_into(self._targets, sources)
+            copy_into(self._targets, sources, self._rows)
             return self._staged
         waits = [(section, name) in later for section, named in tensors.items() for name in named]
         pairs = list(zip(waits, self._targets, sources, strict=True))
@@ -106,7 +112,7 @@ class Arena:
         if description == self._description:
             return
         # Whatever fails below must not leave old targets to be filled with other tensors.
-        self._description, self._structure, self._staged, self._targets = None, None, {}, []
+        self._description, self._structure, self._staged, self._targets, self._rows = None, None, {}, [], []
         places, num_bytes = _places(tensors)
         if not num_bytes <= self._memory.numel() <= 2 * num_bytes + _HUGE_BYTES:
             self._memory = torch.empty(0, dtype=torch.uint8)  # given back before more is asked for
@@ -117,22 +123,87 @@ class Arena:
         self._description = description
 
 
-def copy_into(targets: Sequence[torch.Tensor], sources: Sequence[torch.Tensor]) -> None:
-    """Copy each tensor of `sources` into the one of `targets` at the same place; blocks until all are copied."""
+class Rows(NamedTuple):
+    """Neighbours that are rows of one larger tensor once they are copied: for them a copy is one call."""
+
+    first: int
+    end: int
+    whole: torch.Tensor
+
+
+def rows_of(sources: Sequence[torch.Tensor], targets: Sequence[torch.Tensor]) -> list[Rows]:
+    """Where neighbours among the tensors on the CPU differ in nothing but how many rows they have, in their order.
+
+    Args:
+        sources: Live tensors.
+        targets: Memory for them; where one lies right behind the other they can be one.
+    """
+    found: list[Rows] = []
+    first = 0
+    for number in range(1, len(sources) + 1):
+        is_more = number < len(sources) and _continues(sources, targets, number)
+        if is_more and number - first < _MOST_ROWS:
+            continue
+        if number - first >= _WORTH_ROWS:
+            width = sum(target.shape[0] for target in targets[first:number])
+            start = targets[first]
+            whole = start.as_strided((width, *start.shape[1:]), start.stride())
+            found.append(Rows(first, number, whole))
+        first = number
+    return found
+
+
+def _continues(sources: Sequence[torch.Tensor], targets: Sequence[torch.Tensor], number: int) -> bool:
+    one, other = targets[number - 1], targets[number]
+    return (
+        sources[number - 1].device.type == sources[number].device.type == "cpu"
+        and one.dtype == other.dtype
+        and one.ndim == other.ndim > 0
+        and 0 < one.nbytes <= _SMALL_BYTES
+        and one.shape[1:] == other.shape[1:]
+        and one.data_ptr() + one.nbytes == other.data_ptr()
+    )
+
+
+def copy_into(targets: Sequence[torch.Tensor], sources: Sequence[torch.Tensor], rows: Sequence[Rows] = ()) -> None:
+    """Copy each tensor of `sources` into the one of `targets` at the same place; blocks until all are copied.
+
+    Args:
+        targets: Of the shapes and dtypes of the sources.
+        sources: Live tensors.
+        rows: Found among tensors of the very same shapes, dtypes and devices.
+    """
     if len(sources) < _MANY_TENSORS or _num_cores() < 2:
-        _copy_all(targets, sources)
+        _copy_all(targets, sources, rows, 0, len(sources))
         return
     half = len(sources) // 2
+    half = next((each.end for each in rows if each.first < half < each.end), half)
     with ThreadPoolExecutor(1, thread_name_prefix="staging") as pool:
-        other = pool.submit(_copy_all, targets[half:], sources[half:])
-        _copy_all(targets[:half], sources[:half])
+        other = pool.submit(_copy_all, targets, sources, rows, half, len(sources))
+        _copy_all(targets, sources, rows, 0, half)
         other.result()
 
 
-def _copy_all(targets: Sequence[torch.Tensor], sources: Sequence[torch.Tensor]) -> None:
+def _copy_all(
+    targets: Sequence[torch.Tensor], sources: Sequence[torch.Tensor], rows: Sequence[Rows], first: int, end: int
+) -> None:
+    """Copy those from `first` up to `end`; no rows may be on both sides of either."""
+    with torch.inference_mode():
+        for each in rows:
+            if first <= each.first and each.end <= end:
+                _copy_each(targets[first : each.first], sources[first : each.first])
+                torch.cat([*sources[each.first : each.end]], out=each.whole)
+                first = each.end
+        _copy_each(targets[first:end], sources[first:end])
+
+
+def _copy_each(targets: Sequence[torch.Tensor], sources: Sequence[torch.Tensor]) -> None:
     if targets:
-        with torch.inference_mode():
-            torch._foreach_copy_(list(targets), list(sources))
+        torch._foreach_copy_(targets, sources)  # type: ignore[arg-type]
+
+
+def _tensors_of(named: Mapping[str, torch.Tensor]) -> Iterable[torch.Tensor]:
+    return named.values()
 
 
 def _num_cores() -> int:

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
 from resumable_trainer.state import staging
 from resumable_trainer.state.compare import same_bytes
@@ -143,10 +144,10 @@ def test_an_error_of_the_other_thread_is_raised(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(staging, "_num_cores", lambda: 2)
     copy = staging._copy_all
 
-    def failing(targets: Any, sources: Any) -> None:
+    def failing(*args: Any) -> None:
         if threading.current_thread() is not threading.main_thread():
             raise MemoryError("the other half")
-        copy(targets, sources)
+        copy(*args)
 
     monkeypatch.setattr(staging, "_copy_all", failing)
     with pytest.raises(MemoryError, match="the other half"):
@@ -196,3 +197,55 @@ def test_a_system_that_knows_no_advice_stages_all_the_same(monkeypatch: pytest.M
     assert staging._memory(staging._HUGE_BYTES).numel() == staging._HUGE_BYTES
     monkeypatch.delattr(staging.mmap, "MAP_PRIVATE")
     assert staging._memory(staging._HUGE_BYTES).numel() == staging._HUGE_BYTES
+
+
+def rows(*shapes: tuple[int, ...], dtype: torch.dtype = torch.float32) -> list[torch.Tensor]:
+    return [torch.randn(shape).to(dtype) for shape in shapes]
+
+
+@pytest.mark.parametrize("cores", [1, 2])
+@pytest.mark.parametrize("most", [17, 256])
+def test_neighbours_that_are_rows_of_one_are_copied_as_what_they_are(
+    monkeypatch: pytest.MonkeyPatch, cores: int, most: int
+) -> None:
+    monkeypatch.setattr(staging, "_num_cores", lambda: cores)
+    monkeypatch.setattr(staging, "_MOST_ROWS", most)
+    monkeypatch.setattr(staging, "_MANY_TENSORS", 50)
+
+    def live() -> dict[str, dict[str, torch.Tensor]]:
+        mixed = [
+            *rows(*[(n % 5 + 1,) for n in range(40)]),
+            *rows((2, 3), (), (0,), (3, 2)),
+            *rows(*[(n % 3 + 1, 4) for n in range(30)]),
+            *rows(*[(4, 1) for _ in range(20)], dtype=torch.bfloat16),
+            *[torch.randn(5, 2).t() for _ in range(20)],
+            *[nn.Parameter(torch.randn(2, 5)) for _ in range(20)],
+            *rows(*[() for _ in range(20)]),
+            *rows(*[(0, 3) for _ in range(20)]),
+        ]
+        return {"s": {str(n): tensor for n, tensor in enumerate(mixed)}, "t": {"x": torch.randn(3)}}
+
+    arena, structure = Arena(), object()
+    for _ in range(3):
+        now = live()
+        assert equal(arena.stage(now, structure=structure), now)
+    assert len(arena._rows) >= 4
+    assert equal(arena.stage(now, structure=None), now)
+    assert not arena._rows, "what stands for nothing is copied one by one"
+    other = {"s": {str(n): tensor for n, tensor in enumerate(rows(*[(3,) for _ in range(60)]))}}
+    assert equal(arena.stage(other, structure=object()), other)
+
+
+def test_a_number_behind_many_vectors_is_no_row_of_theirs() -> None:
+    tensors = {str(i): torch.full((3,), float(i)) for i in range(20)} | {"n": torch.tensor(7.0)}
+    tensors |= {f"more {i}": torch.full((3,), float(i)) for i in range(20)}
+    staged = Arena().stage({"model": tensors}, structure=object())["model"]
+    assert all(torch.equal(staged[name], tensor) for name, tensor in tensors.items())
+
+
+def test_neighbours_of_another_dtype_are_no_rows_of_theirs() -> None:
+    dtypes = [torch.float32, torch.int32] * 20
+    tensors = {str(i): torch.full((4,), i, dtype=dtype) for i, dtype in enumerate(dtypes)}
+    staged = Arena().stage({"model": tensors}, structure=object())["model"]
+    assert all(torch.equal(staged[name], tensor) for name, tensor in tensors.items())
+    assert [tensor.dtype for tensor in staged.values()] == dtypes

@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import nn
 
-from resumable_trainer.state.parts import live_tensors
+from resumable_trainer.state import modes
+from resumable_trainer.state.walk import walk
 
 
 class Doubling(nn.Module):
@@ -68,7 +69,7 @@ def with_method() -> nn.Module:
     ],
 )
 def test_it_holds_the_names_the_bytes_and_the_memory_of_the_state_dict(module: nn.Module) -> None:
-    live, expected = live_tensors(module), module.state_dict()
+    live, expected = walk(module).tensors, module.state_dict()
     assert live is not None
     assert list(live) == list(expected)
     assert all(live[name].data_ptr() == tensor.data_ptr() for name, tensor in expected.items())
@@ -89,4 +90,47 @@ def test_it_holds_the_names_the_bytes_and_the_memory_of_the_state_dict(module: n
     ],
 )
 def test_a_module_that_saves_in_a_way_of_its_own_is_left_to_it(module: nn.Module) -> None:
-    assert live_tensors(module) is None
+    assert walk(module).tensors is None
+
+
+class Several(nn.Module):
+    """Shares a module and a parameter, has an absent one, a buffer that passes, and a frozen parameter."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Linear(2, 2)
+        self.second = nn.Sequential(nn.ReLU(), self.first)
+        self.third = nn.Linear(2, 2, bias=False)
+        self.third.weight = self.first.weight
+        self.fourth = nn.BatchNorm1d(2)
+        self.fourth.weight.requires_grad_(False)
+        self.register_buffer("passing", torch.ones(1), persistent=False)
+        self.register_parameter("absent", None)
+
+
+def test_one_walk_finds_what_torch_finds_in_many() -> None:
+    module = Several()
+    for _ in range(2):
+        walked = walk(module)
+        assert walked.modules == [*module.modules()]
+        assert walked.tensors is not None
+        assert list(walked.tensors) == list(module.state_dict())
+        every = dict(zip(walked.names, walked.parameters, strict=True))
+        assert {n: id(p) for n, p in every.items()}.items() >= {n: id(p) for n, p in module.named_parameters()}.items()
+        assert walked.trained == [p.requires_grad for p in walked.parameters]
+        assert walked.gradients == [None] * len(walked.parameters)
+        module.fifth = nn.Linear(1, 1)  # nothing is remembered
+        module._modules.pop("second", None)
+
+
+def test_gradients_are_named_once_and_frozen_parameters_too() -> None:
+    module = Several()
+    module.first.weight.grad = torch.ones(2, 2)
+    module.first.bias.grad = torch.ones(2)
+    walked = {"a": walk(module), "b": walk(nn.Sequential(module.first))}
+    found = modes.capture_gradients(walked, used={id(module.first.bias)})
+    assert {name: list(named) for name, named in found["pending"].items()} == {"a": ["first.weight"]}
+    assert found["spent"] == {"a": ["first.bias"]}
+    assert modes.capture_modes(walked)["a"]["frozen"] == ["fourth.weight"]
+    module.first.weight.requires_grad_(False)
+    assert modes.capture_modes({"a": walk(module)})["a"]["frozen"] == ["first.weight", "fourth.weight"]
