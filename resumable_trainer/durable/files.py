@@ -341,10 +341,16 @@ def remove_tree(files: Files, path: Path) -> None:
     """
     trash = path
     if not path.name.startswith((TRASH_PREFIX, TEMPORARY_PREFIX)):
-        trash = path.with_name(f"{TRASH_PREFIX}{path.name}-{secrets.token_hex(4)}")
-        files.rename(path, trash)
+        trash = take_name_away(files, path)
         files.sync_directory(path.parent)
     _remove_below(files, trash)
+
+
+def take_name_away(files: Files, path: Path) -> Path:
+    """Give a directory a name that does not count; durable when its parent is synced. Where it lies now."""
+    trash = path.with_name(f"{TRASH_PREFIX}{path.name}-{secrets.token_hex(4)}")
+    files.rename(path, trash)
+    return trash
 
 
 def _remove_below(files: Files, path: Path) -> None:

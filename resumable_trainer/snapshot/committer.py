@@ -19,10 +19,12 @@ from typing import TYPE_CHECKING, Protocol
 from resumable_trainer.durable.files import remove_tree
 from resumable_trainer.durable.filesystem import room, shortage
 from resumable_trainer.errors import DamagedSnapshotError, RunHeldError, SnapshotGoneError
+from resumable_trainer.snapshot.manifest import from_bytes
 from resumable_trainer.snapshot.retention import kept_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping, Sequence
+    from contextlib import AbstractContextManager
     from pathlib import Path
 
     from resumable_trainer.durable.files import Files
@@ -51,8 +53,8 @@ class Content(Protocol):
     def size(self) -> tuple[int, int]:
         """Bytes that it takes, the manifest included, and how many new files and directories."""
 
-    def write(self, files: Files, directory: Path) -> dict[str, FileEntry]:
-        """Write and sync every file; what the manifest is to say of each."""
+    def writing(self, files: Files, directory: Path) -> AbstractContextManager[Mapping[str, FileEntry]]:
+        """Write every file; what the manifest is to say of each. All are synced when the block has been left."""
 
 
 @dataclass(frozen=True)
@@ -80,6 +82,7 @@ class Hooks:
     Attributes:
         check: Raises if the right to publish is lost.
         before_manifest: Makes durable what the manifest speaks of (the metric journal).
+        begin_before_manifest: Lets the disk begin with that; a hint.
         manifest: The manifest, given what was written.
         note: Appends to the run's events.
     """
@@ -88,6 +91,7 @@ class Hooks:
     before_manifest: Callable[[], None]
     manifest: Callable[[Mapping[str, FileEntry]], Manifest]
     note: Callable[..., None]
+    begin_before_manifest: Callable[[], None] = lambda: None
 
 
 class Committer:
@@ -151,16 +155,22 @@ class Committer:
     def _attempt(self, content: Content, name: str, hooks: Hooks) -> Manifest:
         temporary = self._store.begin(name, token=secrets.token_hex(6))
         try:
-            entries = content.write(self._files, temporary)
-            # Invariant: rows are durable before the manifest whose mark counts them.
-            hooks.before_manifest()
-            manifest = self._store.write_manifest(temporary, hooks.manifest(entries))
+            with self._store.manifest_file(temporary) as manifest:
+                with content.writing(self._files, temporary) as entries:
+                    data = hooks.manifest(entries).to_bytes()
+                    manifest.write(data)
+                    # Before the first is synced the disk has all, in one transaction of the file system's journal:
+                    # half as many requests, and interrupts of the training.
+                    manifest.start_writeback()
+                    hooks.begin_before_manifest()
+                # Invariant: files and rows are durable before the manifest that speaks of them is synced.
+                hooks.before_manifest()
             self._store.commit(temporary, name, check=hooks.check)
         except BaseException:
             with contextlib.suppress(OSError):  # what stays of it is swept at the next start
                 remove_tree(self._files, temporary)
             raise
-        return manifest
+        return from_bytes(data)
 
     # -- room and retention -----------------------------------------------------------------------
 

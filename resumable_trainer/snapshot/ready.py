@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING
 
 from resumable_trainer.durable.files import Files, NewFile
 from resumable_trainer.snapshot.manifest import FileEntry
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterator, Mapping
     from pathlib import Path
 
 _MANIFEST_BYTES = 65536
@@ -29,8 +29,9 @@ class ReadyFiles:
         """Bytes that it takes, the manifest included, and how many new files and directories."""
         return sum(map(len, self._files.values())) + _MANIFEST_BYTES, len(self._files) + 2
 
-    def write(self, files: Files, directory: Path) -> dict[str, FileEntry]:
-        """Write and sync every file; what the manifest is to say of each.
+    @contextmanager
+    def writing(self, files: Files, directory: Path) -> Iterator[dict[str, FileEntry]]:
+        """Write every file, and sync each on leaving the block; gives what the manifest is to say of them.
 
         Raises:
             OSError: A file could not be made durable; the directory is to be thrown away.
@@ -39,8 +40,7 @@ class ReadyFiles:
             opened = {name: leaving.enter_context(NewFile(directory / name, files=files)) for name in self._files}
             for name, data in self._files.items():
                 opened[name].write(data)
-            # Before the first is synced the disk has all: a third fewer requests, and interrupts of the training.
             for file in opened.values():
                 file.start_writeback()
-        digests = {name: file.digest for name, file in opened.items()}
-        return {name: FileEntry(num_bytes=each.num_bytes, digest=each.digest) for name, each in digests.items()}
+            digests = {name: file.digest for name, file in opened.items()}
+            yield {name: FileEntry(num_bytes=each.num_bytes, digest=each.digest) for name, each in digests.items()}

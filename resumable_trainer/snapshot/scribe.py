@@ -27,6 +27,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from resumable_trainer.durable.priority import move_anywhere
+
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
@@ -149,7 +151,8 @@ class Scribe:
         return fields
 
     def _hurry(self) -> None:
-        """Let it interrupt others on its way: on a busy machine the training would wait for it."""
+        """Let it interrupt others on its way, on any core: on a busy machine the training would wait for it."""
+        move_anywhere(self._process.pid)
         with contextlib.suppress(OSError):
             os.sched_setscheduler(self._process.pid, os.SCHED_OTHER, os.sched_param(0))
 

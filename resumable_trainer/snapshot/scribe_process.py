@@ -11,10 +11,11 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from resumable_trainer.durable.files import Files
+from resumable_trainer.durable.files import Files, remove_tree
 from resumable_trainer.durable.lock import check_still_ours
+from resumable_trainer.durable.priority import move_to_core_of_disk
 from resumable_trainer.errors import ResumableTrainerError
-from resumable_trainer.snapshot.committer import Committer, Hooks, delete_each
+from resumable_trainer.snapshot.committer import Committer, Hooks
 from resumable_trainer.snapshot.layout import RUN_LOCK
 from resumable_trainer.snapshot.manifest import Manifest
 from resumable_trainer.snapshot.ready import ReadyFiles
@@ -23,7 +24,7 @@ from resumable_trainer.snapshot.scribe import REMEMBERED, receive, send
 from resumable_trainer.snapshot.store import Store
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Callable, Mapping
 
     from resumable_trainer.snapshot.manifest import FileEntry
 
@@ -41,6 +42,7 @@ class _Desk:
         self._files = Files()
         self._remembered: dict[str, Any] = {}
         self._store = Store(directory, files=self._files)
+        self._discarded: list[Path] = []
         self._check = partial(check_still_ours, directory / RUN_LOCK, (device, inode), generation)
         # Opened once and kept: a descriptor learns of every error that the kernel meets after its opening.
         self._rows = -1 if begin["rows"] is None else os.open(begin["rows"], os.O_RDONLY | os.O_CLOEXEC)
@@ -58,12 +60,44 @@ class _Desk:
             return Manifest.model_validate({**fields, "files": entries})
 
         facts = kept_of(manifest({}))
-        hooks = Hooks(check=self._check, before_manifest=self._sync_rows, manifest=manifest, note=note)
+        hooks = Hooks(
+            check=self._check,
+            begin_before_manifest=self._begin_rows,
+            before_manifest=self._sync_rows,
+            manifest=manifest,
+            note=note,
+        )
         committer = Committer(self._store, files=self._files, retain=lambda _: [])  # its owner knows what stays
         written = committer.commit(ReadyFiles(files), facts, hooks)
         assert written is not None
-        delete_each(self._store, order["delete"], note)
+        self._remove_discarded()  # whose new names the commit has made durable
+        for name in order["delete"]:
+            self._discard(name, note)
         return {"own_digest": written.own_digest, "num_bytes": written.total_bytes, "notes": notes}
+
+    def _discard(self, name: str, note: Callable[..., None]) -> None:
+        """Take its name away now, and remove it behind the next commit: that saves a sync for each."""
+        try:
+            self._discarded.append(self._store.discard(name))
+        except OSError as error:
+            note("not_deleted", snapshot=name, reason=str(error))
+
+    def _remove_discarded(self) -> None:
+        discarded, self._discarded = self._discarded, []
+        for path in discarded:
+            with contextlib.suppress(OSError):  # what stays is swept at the next start
+                remove_tree(self._files, path)
+
+    def close(self) -> None:
+        """Remove what there is to be removed."""
+        if self._discarded:
+            with contextlib.suppress(OSError):
+                self._files.sync_directory(self._discarded[0].parent)
+                self._remove_discarded()
+
+    def _begin_rows(self) -> None:
+        if self._rows >= 0:
+            self._files.start_writeback(self._rows, 0, 0)  # up to its end
 
     def _sync_rows(self) -> None:
         if self._rows >= 0:
@@ -85,6 +119,7 @@ def main() -> None:
         begin, _ = received
         if os.getppid() != begin["parent"]:
             return  # it died before we could tie ourselves to it
+        move_to_core_of_disk(Path(begin["directory"]))
         desk = _Desk(begin)
         send(connection, {"ready": True})
         while (received := receive(connection)) is not None:
@@ -93,6 +128,7 @@ def main() -> None:
             except (OSError, ValueError, ResumableTrainerError) as error:
                 answer = {"failed": f"{type(error).__name__}: {error}"}
             send(connection, answer)
+        desk.close()
 
 
 if __name__ == "__main__":

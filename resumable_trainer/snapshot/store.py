@@ -23,6 +23,7 @@ from resumable_trainer.durable.files import (
     commit_directory,
     move_directory,
     remove_tree,
+    take_name_away,
     write_new_file,
 )
 from resumable_trainer.errors import DamagedSnapshotError, NotFoundError, NoValidSnapshotError, SnapshotGoneError
@@ -215,10 +216,15 @@ class Store:
         self._files.make_directory(temporary)
         return temporary
 
+    def manifest_file(self, temporary: Path) -> NewFile:
+        """The file for `Manifest.to_bytes()`, not made yet; it must be the last that is synced."""
+        return NewFile(temporary / MANIFEST, files=self._files)
+
     def write_manifest(self, temporary: Path, manifest: Manifest) -> Manifest:
         """Write the manifest, the last file of a snapshot; the same with the digest that it has now."""
         data = manifest.to_bytes()
-        write_new_file(self._files, temporary / MANIFEST, data)
+        with self.manifest_file(temporary) as file:
+            file.write(data)
         return from_bytes(data)
 
     def commit(self, temporary: Path, name: str, *, check: Callable[[], None]) -> None:
@@ -257,6 +263,14 @@ class Store:
     def delete(self, name: str) -> None:
         """Remove a snapshot that retention does not keep."""
         remove_tree(self._files, self.path(name))
+
+    def discard(self, name: str) -> Path:
+        """Take the name away from a snapshot that retention does not keep; where it lies now.
+
+        It may be removed when the directory has been synced, as the next commit does; until then power loss may bring
+        it back, and it must be whole.
+        """
+        return take_name_away(self._files, self.path(name))
 
     def sweep(self) -> list[str]:
         """Remove what dead processes left unfinished; names of the snapshots that never came to be."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from contextlib import contextmanager
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +16,7 @@ from resumable_trainer.snapshot.unchanged import Unchanged
 from resumable_trainer.snapshot.values import MAX_STATE_BYTES
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterator, Mapping
     from pathlib import Path
 
     import torch
@@ -125,6 +126,11 @@ class StateFiles:
         for name, image in self._images.items():
             entries[name] = _linked_or_written(files, directory / name, image, self._worked.unchanged)
         return entries
+
+    @contextmanager
+    def writing(self, files: Files, directory: Path) -> Iterator[dict[str, FileEntry]]:
+        """As `write`: on entering the block every file is durable already, one after the other."""
+        yield self.write(files, directory)
 
     def in_memory(self) -> dict[str, bytes]:
         """The same files as bytes by name; for small states."""

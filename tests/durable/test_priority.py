@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import subprocess
 import sys
 import threading
 from typing import TYPE_CHECKING
@@ -13,7 +14,7 @@ import torch
 from resumable_trainer import StateManager
 from resumable_trainer.durable import priority
 from resumable_trainer.durable.files import Files
-from resumable_trainer.durable.priority import yield_to_training
+from resumable_trainer.durable.priority import move_anywhere, yield_to_training
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -77,3 +78,68 @@ def test_a_system_that_refuses_or_counts_otherwise_is_left_alone(monkeypatch: py
         patch.setattr(priority.sys, "platform", "darwin")
         in_thread(lambda: (yield_to_training(), found.append(mine()))[0])
     assert found == [before, before]
+
+
+# -- the core of the disk ---------------------------------------------------------------------------------
+
+MOVED = "import os, sys; from pathlib import Path; from resumable_trainer.durable import priority as p;"
+MOVED += " p.move_to_core_of_disk(Path(sys.argv[1]), system=Path(sys.argv[2])); print(*sorted(os.sched_getaffinity(0)))"
+
+
+def moved(directory: Path, interrupts: dict[str, str] | None) -> set[int]:
+    """Where a process may run that has moved, given the interrupts of each line of the disk by core."""
+    system = directory / "system"
+    device = os.stat(directory).st_dev
+    controller = system / "sys" / "devices" / "controller"
+    disk = controller / "virtio" / "block" / "disk"
+    disk.mkdir(parents=True)
+    if interrupts is not None:
+        (system / "sys" / "dev" / "block").mkdir(parents=True)
+        (system / "sys" / "dev" / "block" / f"{os.major(device)}:{os.minor(device)}").symlink_to(disk)
+        for number, counts in interrupts.items():
+            (controller / "msi_irqs" / number).mkdir(parents=True)
+            line = system / "sys" / "kernel" / "irq" / number
+            line.mkdir(parents=True)
+            (line / "per_cpu_count").write_text(f"{counts}\n")
+    done = subprocess.run(
+        [sys.executable, "-c", MOVED, directory, system], capture_output=True, text=True, check=True, timeout=60
+    )
+    return set(map(int, done.stdout.split()))
+
+
+def by_core(**counts: int) -> str:
+    """Counts by core; the others have none."""
+    return ",".join(str(counts.get(f"core_{core}", 0)) for core in range(max(os.sched_getaffinity(0)) + 1))
+
+
+several_cores = pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="there is one core only")
+
+
+@several_cores
+@pytest.mark.parametrize("number", [0, -1])
+def test_who_commits_small_snapshots_runs_where_the_disk_interrupts(tmp_path: Path, number: int) -> None:
+    core = sorted(os.sched_getaffinity(0))[number]
+    few, many = by_core(**{f"core_{core}": 3}), by_core(**{f"core_{core}": 5000})
+    assert moved(tmp_path, {"35": few, "36": many}) == {core}
+
+
+@several_cores
+@pytest.mark.parametrize("case", ["spread", "none yet", "no such disk", "nonsense", "a core of others"])
+def test_it_stays_where_it_is_if_no_core_is_the_disks(tmp_path: Path, case: str) -> None:
+    one, *_, last = mine = sorted(os.sched_getaffinity(0))
+    spread = by_core(**{f"core_{one}": 500, f"core_{last}": 500})
+    foreign = ",".join(["0"] * (last + 1) + ["7000"])
+    cases = {"spread": {"1": spread}, "none yet": {"1": by_core()}, "no such disk": None}
+    cases |= {"nonsense": {"1": "no numbers"}, "a core of others": {"1": foreign}}
+    assert moved(tmp_path, cases[case]) == set(mine)
+
+
+@several_cores
+def test_who_is_waited_for_may_run_anywhere() -> None:
+    mine = os.sched_getaffinity(0)
+    with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as process:
+        os.sched_setaffinity(process.pid, {min(mine)})
+        move_anywhere(process.pid)
+        assert os.sched_getaffinity(process.pid) == mine
+        process.communicate(b"\n")
+    move_anywhere(process.pid)  # it is gone

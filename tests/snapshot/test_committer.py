@@ -398,20 +398,29 @@ def test_a_word_among_the_metrics_that_is_no_number_is_damage(tmp_path: Path) ->
         from_bytes(body + b',\n  "digest": "%s"\n}\n' % digest_bytes(body).encode())
 
 
-def test_rows_are_durable_before_the_manifest_that_counts_them_is_written(tmp_path: Path) -> None:
+def test_files_and_rows_are_durable_before_the_manifest_that_counts_them_is(tmp_path: Path) -> None:
     done: list[str] = []
+    names_of: dict[int, str] = {}
 
     class Noting(Files):
         def create(self, path: Path) -> int:
-            done.append(path.name)
-            return super().create(path)
+            fd = super().create(path)
+            names_of[fd] = path.name
+            return fd
+
+        def sync(self, fd: int) -> None:
+            super().sync(fd)
+            done.append(names_of.get(fd, "another"))
 
     manager, _ = make(tmp_path / "run", Noting())
     with manager:
         staged = manager.stage(manager.capture())
         done.clear()
         manager.write(staged, Facts(Position(0, 1, 1)), background=False, rows=Rows(lambda: done.append("rows")))
-        assert done[-2:] == ["rows", "manifest.json"]
+        saved = {path.name for path in manager.store.path("step-000000001").iterdir()} - {"manifest.json"}
+        assert len(saved) > 2
+        assert set(done[: len(saved)]) == saved
+        assert done[len(saved) : len(saved) + 2] == ["rows", "manifest.json"]
         done.clear()
 
         def failing() -> None:

@@ -344,27 +344,29 @@ class Told(Files):
     def __init__(self) -> None:
         type(self).calls = []
 
-    def create(self, path: Path) -> int:
-        self.calls.append(path.name)
-        return super().create(path)
-
     def sync(self, fd: int) -> None:
-        if Path(os.readlink(f"/proc/self/fd/{fd}")).name == "metrics.jsonl":
-            self.calls.append("rows")
         super().sync(fd)
+        self.calls.append(Path(os.readlink(f"/proc/self/fd/{fd}")).name)
+
+    def sync_directory(self, path: Path) -> None:
+        super().sync_directory(path)
+        self.calls.append(path.name.partition("-step")[0])
 
     def rename(self, source: Path, target: Path) -> None:
-        self.calls.append(f"-> {target.name}")
+        self.calls.append(f"-> {target.name.partition('-step')[0]}")
         super().rename(source, target)
+
+    def remove_empty_directory(self, path: Path) -> None:
+        self.calls.append(f"removed {path.name.partition('-step')[0]}")
+        super().remove_empty_directory(path)
 
 
 class Unsynced(Told):
     """Files of which the journal of rows cannot be synced."""
 
     def sync(self, fd: int) -> None:
-        before = len(self.calls)
         super().sync(fd)
-        if len(self.calls) > before:
+        if self.calls[-1] == "metrics.jsonl":
             raise OSError(errno.EIO, "Input/output error")
 
 
@@ -390,8 +392,30 @@ def test_rows_are_durable_before_the_manifest_that_counts_them(
     begin, what, files = order
     monkeypatch.setattr(scribe_process, "Files", Told)
     scribe_process._Desk(begin).carry_out(what, files)
-    assert Told.calls[-3:] == ["rows", "manifest.json", "-> step-000000002"]
-    assert set(Told.calls[:-3]) == set(files)
+    assert set(Told.calls[: len(files)]) == set(files)
+    after = ["metrics.jsonl", "manifest.json", ".tmp", "-> step-000000002", "snapshots"]
+    assert Told.calls[len(files) :] == after
+
+
+def test_what_is_not_kept_loses_its_name_and_is_removed_when_the_next_commit_has_made_that_durable(
+    order: tuple[dict[str, Any], dict[str, Any], dict[str, bytes]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begin, what, files = order
+    monkeypatch.setattr(scribe_process, "Files", Told)
+    desk = scribe_process._Desk(begin)
+    snapshots = Path(begin["directory"]) / "snapshots"
+    whole = contents(snapshots / "step-000000001")
+    desk.carry_out({**what, "delete": ["step-000000001"]}, files)
+    assert Told.calls[-2:] == ["snapshots", "-> .trash"]
+    (trash,) = snapshots.glob(".trash-*")
+    assert contents(trash) == whole
+    third = {**what["manifest"], "name": "step-000000003", "position": {"epoch": 0, "batch": 3, "step": 3}}
+    desk.carry_out({"manifest": third, "delete": ["step-000000002"]}, files)
+    assert Told.calls[-4:] == ["-> step-000000003", "snapshots", "removed .trash", "-> .trash"]
+    desk.close()
+    assert Told.calls[-2:] == ["snapshots", "removed .trash"]
+    assert [path.name for path in snapshots.iterdir()] == ["step-000000003"]
+    desk.close()
 
 
 def test_nothing_is_published_that_counts_rows_which_may_be_lost(
@@ -414,6 +438,7 @@ def test_fields_that_are_left_out_are_those_of_the_order_before(
     short = {name: value for name, value in first.items() if name not in scribe.REMEMBERED}
     second = {**short, "name": "step-000000003", "position": {"epoch": 0, "batch": 3, "step": 3}}
     desk.carry_out({"manifest": second, "delete": ["step-000000001"]}, files)
+    desk.close()
     snapshots = Path(begin["directory"]) / "snapshots"
     manifests = [json.loads((path / "manifest.json").read_text()) for path in sorted(snapshots.iterdir())]
     assert [(m["name"], m["settings"], m["saved_by"]) for m in manifests] == [
