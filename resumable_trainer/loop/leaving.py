@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import time
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -34,6 +35,7 @@ class Leaving:
         self.stopped: Stopped | None = None
         self._clouds: clouds.Watch | None = None
         self._tell_saved: Callable[[], None] | None = None
+        self._began = math.inf  # to save
 
     def watch(self) -> None:
         """Ask the clouds, where there is one, from now on."""
@@ -61,6 +63,7 @@ class Leaving:
     def save_begins(self) -> None:
         """The last snapshot is about to be taken: let who watches wait for it, and say so if it may be too late."""
         keeper = self._keeper
+        self._began = time.monotonic()
         keeper.heart.stopping()
         left = None if notices.deadline is None else notices.deadline - time.monotonic()
         usual = deadline.longer_than(left, keeper.manager.costs)
@@ -73,7 +76,7 @@ class Leaving:
         Raises:
             Stopped: Always.
         """
-        keeper = self._keeper
+        keeper, began = self._keeper, min(self._began, time.monotonic())
         keeper.heart.stopping()
         keeper.saver.settle()
         kind = Interrupted if number.name == "SIGINT" else Preempted
@@ -82,6 +85,7 @@ class Leaving:
         if notices.deadline is not None:
             told["seconds_left"] = round(notices.deadline - time.monotonic(), 3)
         event = "interrupted" if kind is Interrupted else "preempted"
+        told["leaving_seconds"] = round(time.monotonic() - began, 3)  # since then nothing was trained or evaluated
         keeper.note(event, signal=number.name, snapshot=latest, **told)
         if self._tell_saved is not None:
             with contextlib.suppress(OSError, ValueError):  # the state is saved, whatever the cloud makes of that
