@@ -41,15 +41,18 @@ class Leaving:
         """Ask the clouds, where there is one, from now on."""
         keeper = self._keeper
         notices.may_break = lambda: not switching.now
-        sources = clouds.found_here(os.environ) if keeper.settings.probe is None else []
+        sources = clouds.found_here(os.environ, say=self._say) if keeper.settings.probe is None else []
         if sources:
             keeper.manager.costs.extend(opening.snapshot_costs(keeper.settings.directory))
             self._clouds = clouds.Watch(
                 sources,
                 tell=self._asked,
                 seconds_needed=self._seconds_needed,
-                say=lambda line: keeper.screen.say([line]),
+                say=self._say,
             )
+
+    def _say(self, line: str) -> None:
+        self._keeper.screen.say([line])
 
     def _asked(self, asked: clouds.Asked, end: float | None) -> None:
         self._tell_saved = asked.saved or self._tell_saved
