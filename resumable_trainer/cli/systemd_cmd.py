@@ -8,7 +8,7 @@ import os
 import pwd
 import subprocess
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from resumable_trainer.cli.output import directory_to_forget, run_directory
 from resumable_trainer.cli.recorded import recorded_command
@@ -170,6 +170,6 @@ def _ended(directory: Path) -> int:
     """`ExecStopPost`: note how the training ended, if it did not say so itself."""
     kind, status = os.environ.get("EXIT_CODE", ""), os.environ.get("EXIT_STATUS", "")
     result = "hang" if os.environ.get("SERVICE_RESULT") == "watchdog" else "exit" if kind == "exited" else "signal"
-    key = "code" if kind == "exited" else "signal"
-    launch.note_ended(directory, by="systemd", result=result, **{key: int(status) if status.isdecimal() else status})
+    how: dict[str, Any] = {"code" if kind == "exited" else "signal": int(status) if status.isdecimal() else status}
+    launch.note_ended(directory, by="systemd", result=result, **how)
     return 0

@@ -1,4 +1,7 @@
-"""`verify`: check every byte of a run's snapshots, and its metric journal against their marks.
+"""`verify`: check every byte of a run's snapshots, its metric journal against their marks, and each line of its events.
+
+Events are counted by nothing: a damaged line of them harms no resume, and whoever goes on from a state that was noted
+behind it does not read it. So it is found here.
 
 With `--replay` a stretch of the run is trained once more, in a copy, and compared with what was recorded: exit
 code 0 if it is the same to the bit, 1 if it is not.
@@ -8,22 +11,24 @@ from __future__ import annotations
 
 import json
 import sys
+from collections import deque
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from resumable_trainer.cli.diff_cmd import difference_as_json, difference_lines
 from resumable_trainer.cli.output import run_directory
 from resumable_trainer.cli.starting import check_target, go_on_as
 from resumable_trainer.durable.digest import Digest, reading
+from resumable_trainer.durable.journal import read_rows
 from resumable_trainer.errors import ExitCode, NotFoundError, UsageError
 from resumable_trainer.loop import launch
 from resumable_trainer.proof.replay import replayed, stretch
 from resumable_trainer.report.difference import compare
 from resumable_trainer.report.summary import Entry, entries
-from resumable_trainer.snapshot.layout import METRICS
+from resumable_trainer.snapshot.layout import EVENTS, METRICS
 
 if TYPE_CHECKING:
     import argparse
-    from pathlib import Path
 
 _CHUNK_BYTES = 1 << 20
 _DIFFERENT = 1
@@ -37,17 +42,19 @@ def run(args: argparse.Namespace) -> int:
     if args.which is not None:
         raise UsageError("verify: --from goes with --replay")
     found = entries(directory)
-    reason = _journal_damage(directory, found)
+    reasons = {METRICS: _journal_damage(directory, found), EVENTS: _events_damage(directory)}
     damaged = [entry for entry in found if entry.reason is not None]
     if args.json:
-        print(json.dumps(_as_json(directory, found, reason), indent=2))
+        print(json.dumps(_as_json(directory, found, reasons), indent=2))
     else:
         for entry in found:
             print(f"{entry.name}: {'valid' if entry.reason is None else 'DAMAGED: ' + entry.reason}")
-        if any(entry.manifest is not None for entry in found):
-            print(f"{METRICS}: {'valid' if reason is None else 'DAMAGED: ' + reason}")
+        looked_at = [METRICS] if any(entry.manifest is not None for entry in found) else []
+        looked_at += [EVENTS] if (directory / EVENTS).exists() else []
+        for name in looked_at:
+            print(f"{name}: {'valid' if reasons[name] is None else f'DAMAGED: {reasons[name]}'}")
         print(f"{len(found) - len(damaged)} of {len(found)} snapshots are valid")
-    return int(ExitCode.NO_VALID_SNAPSHOT) if damaged or reason else int(ExitCode.DONE)
+    return int(ExitCode.NO_VALID_SNAPSHOT) if damaged or any(reasons.values()) else int(ExitCode.DONE)
 
 
 def _replay(directory: Path, args: argparse.Namespace) -> int:
@@ -92,13 +99,24 @@ def _replay(directory: Path, args: argparse.Namespace) -> int:
     return 0 if is_same else _DIFFERENT
 
 
-def _as_json(directory: Path, found: list[Entry], reason: str | None) -> dict[str, Any]:
+def _as_json(directory: Path, found: list[Entry], reasons: dict[str, str | None]) -> dict[str, Any]:
     return {
         "run_dir": str(directory),
-        "valid": reason is None and all(entry.reason is None for entry in found),
+        "valid": not any(reasons.values()) and all(entry.reason is None for entry in found),
         "snapshots": [{"name": e.name, "valid": e.reason is None, "reason": e.reason} for e in found],
-        "metrics": {"valid": reason is None, "reason": reason},
+        **{Path(name).stem: {"valid": reason is None, "reason": reason} for name, reason in reasons.items()},
     }
+
+
+def _events_damage(directory: Path) -> str | None:
+    """Which line of the events is none; None if all are. A torn last line is what a kill leaves, and no damage."""
+    try:
+        deque(read_rows(directory / EVENTS), maxlen=0)
+    except FileNotFoundError:
+        return None
+    except ValueError as error:
+        return str(error)
+    return None
 
 
 def _journal_damage(directory: Path, found: list[Entry]) -> str | None:

@@ -32,8 +32,19 @@ _NO_MORE_SECONDS = 10.0  # with so little to spare nothing is asked any more: it
 _DMI = Path("/sys/class/dmi/id")
 
 
-def found_here(environment: Mapping[str, str], *, dmi: Path = _DMI) -> list[Source]:
-    """The sources of this machine: asked for by name, else by its vendor; nothing is asked yet."""
+def found_here(
+    environment: Mapping[str, str], *, dmi: Path = _DMI, say: Callable[[str], None] = lambda line: None
+) -> list[Source]:
+    """The sources of this machine: asked for by name, else by its vendor; nothing is asked yet.
+
+    An end time of Slurm's that is past already is said and not followed: the environment is an older job's, or Slurm
+    lets this one go on (OverTimeLimit), and each start would leave at once, for ever.
+
+    Args:
+        environment: Of this process.
+        dmi: Where the machine's vendor is told.
+        say: Shows a line to a person.
+    """
     chosen = environment.get(VARIABLE)
     names = {name.strip().lower() for name in chosen.split(",")} if chosen is not None else _detected(environment, dmi)
     sources: list[Source] = []
@@ -46,7 +57,10 @@ def found_here(environment: Mapping[str, str], *, dmi: Path = _DMI) -> list[Sour
         endpoint = environment.get(AZURE_VARIABLE) or "http://169.254.169.254"
         sources.append(Azure(endpoint, os.uname().nodename, approves=approves))
     if "slurm" in names and (end := environment.get("SLURM_JOB_END_TIME", "")).isdecimal():
-        sources.append(Slurm(float(end)))
+        if float(end) > time.time():
+            sources.append(Slurm(float(end)))
+        else:
+            say(f"warning Slurm's end time (SLURM_JOB_END_TIME={end}) is past already: it is not followed")
     return sources
 
 

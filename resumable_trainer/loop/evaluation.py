@@ -1,4 +1,8 @@
-"""Evaluations: a notice is followed between their batches, with the state as it was before they began."""
+"""Evaluations: a notice is followed between their batches, with the state as it was before they began.
+
+One that asks to leave is, and so is one that asks to save and go on, as an evaluation may take an hour. Where that
+state cannot be had, the next boundary follows the notice.
+"""
 
 from __future__ import annotations
 
@@ -26,6 +30,7 @@ class Evaluation:
     def __init__(self, keeper: Keeper, leaving: Leaving) -> None:
         self._keeper, self._leaving = keeper, leaving
         self._held: HeldState | None = None
+        self._is_in_vain = False  # to ask for what is held, in this evaluation
         self._is_expected = True  # until an epoch has shown that it does not evaluate
         self._has_begun = True  # in the epoch under way
 
@@ -57,6 +62,7 @@ class Evaluation:
     def begin(self, *, counts: bool) -> None:
         """The body asks for an evaluation; whether it counts for anything."""
         self._is_expected = self._has_begun = counts
+        self._is_in_vain = False
 
     def served(
         self,
@@ -93,7 +99,15 @@ class Evaluation:
             is_good = is_between_batches() and self._keeper.record.watch.found is None
             if notices.leave is not None and (was_broken or is_good):
                 self._leave(notices.leave)
+            elif notices.save and is_good:
+                self._save()
             yield batch
+
+    def _save(self) -> None:
+        """Save the state as it was before evaluation began, and go on; a notice that is not served stays."""
+        # Before an epoch's first batch there is nothing new to save, and no position for it.
+        if self._held is not None and self._keeper.cursor.batch and not self._is_in_vain:
+            self._is_in_vain = not self._keeper.save_held(self._held)
 
     def _leave(self, number: signal.Signals) -> None:
         """Save the state as it was before evaluation began; if it is gone, the last snapshot stands.
@@ -103,8 +117,7 @@ class Evaluation:
         """
         if self._held is None and not self._keeper.all_is_durable():
             return
-        state = self._held.again() if self._held is not None else None
-        if state is not None:
-            self._keeper.save_held(state)
+        self._leaving.save_begins()
+        if self._held is not None and self._keeper.save_held(self._held):
             self._leaving.leave(number, "in evaluation")
         self._leaving.leave(number, "in evaluation, whose start cannot be had again: the last durable snapshot stands")

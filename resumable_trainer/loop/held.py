@@ -10,9 +10,12 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from resumable_trainer.durable.digest import digest_bytes
+from resumable_trainer.manager.held import now
 from resumable_trainer.state.staging import stage, total_bytes
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     import torch
 
     from resumable_trainer.snapshot.tree import Flat
@@ -27,21 +30,26 @@ class HeldState:
         captured: Values, and live tensors.
         copy_up_to_bytes: States up to this size are copied (one memory copy, at once); larger ones
             are digested (one read).
+
+    Attributes:
+        taken: When it was captured (ISO 8601, UTC).
     """
 
     def __init__(self, captured: Flat, *, copy_up_to_bytes: int = COPY_UP_TO_BYTES) -> None:
+        self.taken = now()
         self._captured = captured
         self._copy = stage(captured.tensors) if total_bytes(captured.tensors) <= copy_up_to_bytes else None
         self._digests = [] if self._copy is not None else self._digest_all()
 
-    def again(self) -> Flat | None:
-        """The state as it was, in memory of its own; None if its tensors have changed since."""
-        flat = type(self._captured)
+    def again(self, copied: Callable[[Flat], Flat]) -> Flat | None:
+        """The state as it was, in memory that nobody changes while it is written; None if it has changed since.
+
+        Args:
+            copied: Gives a copy of a captured state.
+        """
         if self._copy is not None:
-            return flat(values=self._captured.values, tensors=self._copy)
-        if self._digest_all() != self._digests:
-            return None
-        return flat(values=self._captured.values, tensors=stage(self._captured.tensors))
+            return type(self._captured)(values=self._captured.values, tensors=self._copy)
+        return copied(self._captured) if self._digest_all() == self._digests else None
 
     def _digest_all(self) -> list[str]:
         return [_digest(tensor) for named in self._captured.tensors.values() for tensor in named.values()]

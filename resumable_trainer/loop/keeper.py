@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from resumable_trainer.loop.heartbeat import Heartbeat
+    from resumable_trainer.loop.held import HeldState
     from resumable_trainer.loop.progress import Progress
     from resumable_trainer.loop.settings import RunSettings
     from resumable_trainer.snapshot.tree import Flat
@@ -241,9 +242,28 @@ class Keeper:
         self.heart.beat()
         notices.served()
 
-    def save_held(self, state: Flat) -> None:
-        """Save what was captured after the epoch's batches; durable on return."""
-        self.saver.save_now(state, self._facts(epoch_complete=False))
+    def save_held(self, held: HeldState) -> bool:
+        """Save what was held when the epoch's batches were done; durable on return if the process is to leave.
+
+        False if it cannot be had again: then nothing is saved.
+        """
+        began = self.clock()
+        self.saver.settle()  # the memory that is staged into is the snapshot's before
+        facts = self._facts(epoch_complete=False)
+        if self.manager.latest != facts.name:
+            state = held.again(self._copied)
+            if state is None:
+                return False
+            facts = replace(facts, taken=held.taken, stall_seconds=self.clock() - began)
+            (self.saver.save if notices.leave is None else self.saver.save_now)(state, facts)
+        self.heart.beat()
+        notices.served()
+        return True
+
+    def _copied(self, captured: Flat) -> Flat:
+        staged = self.manager.stage(captured)
+        self.manager.settle()  # evaluation may change what it likes
+        return staged
 
     def _facts(self, *, epoch_complete: bool, stall_seconds: float = 0.0) -> Facts:
         return Facts(

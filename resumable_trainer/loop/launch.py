@@ -168,20 +168,20 @@ class Process:
 process = Process()
 
 
-def note_ended(directory: Path, **fields: Any) -> None:
-    """Note in a run's events how its last process ended, if it did not say so itself; best effort.
+def note_ended(directory: Path, *, unless: Sequence[str] = ("exited", "ended"), **fields: Any) -> None:
+    """Note in a run's events how its last process ended; best effort.
 
     For whoever watched it. A run that somebody holds by now is left alone.
 
     Args:
         directory: The run directory.
+        unless: Events of the last launch that make it needless.
         fields: `by`, `result` ("exit", "signal" or "hang"), `code` or `signal`.
     """
     owner = read_owner(directory / RUN_LOCK)
     if owner is None:
         return
-    said = last_events(directory, ("exited", "ended"))
-    if any(event["generation"] == owner.generation for event in said.values()):
+    if any(event["generation"] == owner.generation for event in last_events(directory, unless).values()):
         return
     time = datetime.datetime.now(datetime.UTC).isoformat(timespec="milliseconds")
     with contextlib.suppress(RunHeldError, OSError):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import time
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -34,20 +35,24 @@ class Leaving:
         self.stopped: Stopped | None = None
         self._clouds: clouds.Watch | None = None
         self._tell_saved: Callable[[], None] | None = None
+        self._began = math.inf  # to save
 
     def watch(self) -> None:
         """Ask the clouds, where there is one, from now on."""
         keeper = self._keeper
         notices.may_break = lambda: not switching.now
-        sources = clouds.found_here(os.environ) if keeper.settings.probe is None else []
+        sources = clouds.found_here(os.environ, say=self._say) if keeper.settings.probe is None else []
         if sources:
             keeper.manager.costs.extend(opening.snapshot_costs(keeper.settings.directory))
             self._clouds = clouds.Watch(
                 sources,
                 tell=self._asked,
                 seconds_needed=self._seconds_needed,
-                say=lambda line: keeper.screen.say([line]),
+                say=self._say,
             )
+
+    def _say(self, line: str) -> None:
+        self._keeper.screen.say([line])
 
     def _asked(self, asked: clouds.Asked, end: float | None) -> None:
         self._tell_saved = asked.saved or self._tell_saved
@@ -61,6 +66,7 @@ class Leaving:
     def save_begins(self) -> None:
         """The last snapshot is about to be taken: let who watches wait for it, and say so if it may be too late."""
         keeper = self._keeper
+        self._began = time.monotonic()
         keeper.heart.stopping()
         left = None if notices.deadline is None else notices.deadline - time.monotonic()
         usual = deadline.longer_than(left, keeper.manager.costs)
@@ -73,7 +79,7 @@ class Leaving:
         Raises:
             Stopped: Always.
         """
-        keeper = self._keeper
+        keeper, began = self._keeper, min(self._began, time.monotonic())
         keeper.heart.stopping()
         keeper.saver.settle()
         kind = Interrupted if number.name == "SIGINT" else Preempted
@@ -82,6 +88,7 @@ class Leaving:
         if notices.deadline is not None:
             told["seconds_left"] = round(notices.deadline - time.monotonic(), 3)
         event = "interrupted" if kind is Interrupted else "preempted"
+        told["leaving_seconds"] = round(time.monotonic() - began, 3)  # since then nothing was trained or evaluated
         keeper.note(event, signal=number.name, snapshot=latest, **told)
         if self._tell_saved is not None:
             with contextlib.suppress(OSError, ValueError):  # the state is saved, whatever the cloud makes of that

@@ -11,7 +11,6 @@ from dataclasses import asdict, replace
 from itertools import islice
 from math import inf
 from os import getpid
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from resumable_trainer.durable.digest import reading
@@ -24,6 +23,7 @@ from resumable_trainer.loop.cursor import BatchLoop, Cursor
 from resumable_trainer.loop.heartbeat import Heartbeat
 from resumable_trainer.loop.interval import REMEMBERED, Interruptions
 from resumable_trainer.loop.record import EMPTY_MARK_DIGEST
+from resumable_trainer.loop.started import launch_started
 from resumable_trainer.metrics import goodput as goodputs
 from resumable_trainer.metrics.account import Account
 from resumable_trainer.snapshot import strict_json
@@ -31,6 +31,8 @@ from resumable_trainer.snapshot.layout import EVENTS, METRICS, QUARANTINE, RUN_J
 from resumable_trainer.state import generators
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from resumable_trainer.loop.launch import Command
     from resumable_trainer.loop.record import Record
     from resumable_trainer.manager import RestoreReport, StateManager
@@ -97,21 +99,9 @@ def note_launch(manager: StateManager, command: Command, retention: Retention) -
         host=socket.gethostname(),
         versions=identity.versions(),
         retention=asdict(retention),
-        started=process_started(),
+        started=launch_started() if len(launch.process.opened) == 1 else None,  # else another run has had that time
         previous=before and {"generation": before.generation, "step": before.step, "seen": before.seen},
     )
-
-
-def process_started() -> str | None:
-    """When this process was started (ISO 8601, UTC), before it had loaded anything; None where that is not told."""
-    try:
-        ticks = int(Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19])
-        uptime = float(Path("/proc/uptime").read_text().split()[0])
-    except (OSError, ValueError, IndexError):
-        return None
-    age = max(0.0, uptime - ticks / os.sysconf("SC_CLK_TCK"))
-    started = datetime.datetime.now(datetime.UTC) - datetime.timedelta(seconds=age)
-    return started.isoformat(timespec="milliseconds")
 
 
 def begin_line(manager: StateManager, record: Record, directory: Path) -> str:

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from pydantic import TypeAdapter
 
 NOTED = "accounted"  # the event that holds a state
-_VERSION = 1  # of what a state means: one of another version is not gone on from
+_VERSION = 2  # of what a state means: one of another version is not gone on from
 
 
 @dataclass
@@ -109,13 +109,14 @@ class Account:
             self._begin(row, at)
         elif self.launches and event != "pruned":  # pruning is no activity of the run
             launch = self.launches[-1]
-            at = launch.ended = max(at, launch.ended)
+            at = max(at, launch.ended)
             if event not in ("diverged", "resumed") and (step := step_of(row)) is not None:
                 launch.step = max(launch.step, step)
             if event == "resumed":
                 self._resumed(row)
             elif isinstance(event, str) and event in TAKERS:
                 TAKERS[event](launch, row, at)
+            launch.ended = at
 
     def _count_interruptions(self, row: Mapping[str, Any], event: object, at: float) -> None:
         if event == "launched":

@@ -1,7 +1,9 @@
 """Goodput: which share of a run's wall time moved it forward, and what the rest was lost to.
 
-Every second between the start of the first process and the end of the last (or now) is counted in exactly one place, so
-that the parts add up to the whole. How it is reckoned from a run's events: `account`. Free of torch.
+Every second between the start of the first process (a supervisor's, if one has started it) and the end of the last (or
+now) is counted in exactly one place, so that the parts add up to the whole. Once the run itself has ended its time
+stands still: what a script does then (a test, an export, another run) is not counted, until the process is taken down;
+nor is the time until somebody gives it more to train. How it is reckoned from a run's events: `account`. Free of torch.
 """
 
 from __future__ import annotations
@@ -12,8 +14,8 @@ from typing import Any
 
 KINDS = ("training", "set-up", "saving", "repeated", "hung", "down")
 """Where time goes: what moved the run forward; starting, until the first batch; standing still for snapshots, and
-saving on the way out; training that was lost and had to be done again; silence before a hung process was ended; between
-launches."""
+saving on the way out; training (or evaluation) that was lost and had to be done again; silence before a hung process
+was ended, before its first batch too; between launches, from when the script of one was through."""
 
 
 @dataclass(frozen=True)

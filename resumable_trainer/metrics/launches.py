@@ -38,6 +38,10 @@ class Launch:
     rolled_back_at: float | None = None  # until it trains again
     alive: float | None = None  # the last sign of life
     kind: str | None = None  # how it ended, if it said so
+    leaving_at: float | None = None  # when it began to save and leave
+    over_at: float | None = None  # when the run had ended; what the script does then is its own
+    exited_at: float | None = None  # when the script was through
+    silent_since: float | None = None  # its last word, if somebody else has told its end
     is_end_known: bool = False
     is_done: bool = False  # the run ended with it
 
@@ -75,6 +79,7 @@ def close(launch: Launch, previous: Mapping[str, Any], at: float) -> None:
 
 
 def _training(launch: Launch, row: Mapping[str, Any], at: float) -> None:
+    launch.over_at = None
     if launch.rolled_back_at is not None:
         launch.lost_to_rollbacks += at - launch.rolled_back_at
         launch.rolled_back_at = None
@@ -82,13 +87,13 @@ def _training(launch: Launch, row: Mapping[str, Any], at: float) -> None:
 
 
 def _committed(launch: Launch, row: Mapping[str, Any], at: float) -> None:
-    taken, stall = seconds_of(row.get("taken")), row.get("stall_seconds")
+    launch.over_at = None
+    taken = seconds_of(row.get("taken"))
     taken = min(at, taken) if taken is not None else at
     launch.taken.pop(name := str(row.get("snapshot")), None)  # saved anew, after going back: it is the newest now
     launch.taken[name] = taken
     launch.newest_taken = taken if launch.newest_taken is None else max(launch.newest_taken, taken)
-    if isinstance(stall, int | float) and isfinite(stall) and stall > 0:
-        launch.stalls += stall
+    launch.stalls += _duration(row.get("stall_seconds")) or 0.0
 
 
 def _diverged(launch: Launch, row: Mapping[str, Any], at: float) -> None:
@@ -104,6 +109,8 @@ def _diverged(launch: Launch, row: Mapping[str, Any], at: float) -> None:
 
 def _left(launch: Launch, row: Mapping[str, Any], at: float) -> None:
     launch.kind = str(row.get("event"))
+    seconds = _duration(row.get("leaving_seconds"))
+    launch.leaving_at = None if seconds is None else at - seconds
 
 
 def _failed(launch: Launch, row: Mapping[str, Any], at: float) -> None:
@@ -111,18 +118,25 @@ def _failed(launch: Launch, row: Mapping[str, Any], at: float) -> None:
 
 
 def _finished(launch: Launch, row: Mapping[str, Any], at: float) -> None:
-    launch.is_done = True
+    launch.is_done, launch.over_at = True, at
 
 
 def _exited(launch: Launch, row: Mapping[str, Any], at: float) -> None:
-    launch.is_end_known = True
+    launch.is_end_known, launch.exited_at = True, at
     launch.is_done |= row.get("code") == 0
 
 
 def _ended(launch: Launch, row: Mapping[str, Any], at: float) -> None:
+    if launch.silent_since is None:
+        launch.silent_since = launch.ended
     launch.is_end_known = True
     if row.get("result") == "hang":
         launch.kind = "hung"
+
+
+def _duration(seconds: object) -> float | None:
+    """Seconds as a row tells them; None if they can be none."""
+    return seconds if isinstance(seconds, int | float) and isfinite(seconds) and seconds > 0 else None
 
 
 TAKERS = {
@@ -145,7 +159,7 @@ def settled_with(so_far: Goodput, launch: Launch, following: Launch | None, *, i
         seconds[kind] += part
     repeated = so_far.steps_repeated
     if following is not None:
-        seconds["down"] += max(0.0, following.began - launch.ended)
+        seconds["down"] += max(0.0, following.began - launch.ended) if launch.over_at is None else 0.0
         repeated += max(0, launch.step - following.resumed_step)
     if not launch.is_done or launch.kind is not None:
         kind = launch.kind or "killed"
@@ -154,28 +168,36 @@ def settled_with(so_far: Goodput, launch: Launch, following: Launch | None, *, i
 
 
 def _parts(launch: Launch, *, is_last: bool, is_running: bool) -> dict[str, float]:
-    """Where the time of one launch went; adds up to its duration."""
-    began, ended = launch.began, launch.ended
+    """Where the time of one launch went; adds up to its duration, without what a script does after the run."""
+    known = [at for at in (launch.over_at, launch.exited_at) if at is not None]
+    began, ended = launch.began, min([*known, launch.ended])
     training_at = ended if launch.training_at is None else min(max(launch.training_at, began), ended)
-    left = ended - training_at
-    parts = {"set-up": training_at - began}
-    newest = training_at if launch.newest_taken is None else launch.newest_taken
+    set_up, left = training_at - began, ended - training_at
     hung = 0.0
     if launch.kind == "hung":
-        hung = min(left, max(0.0, ended - max(launch.alive or 0.0, newest, training_at)))
-    parts["hung"], left = hung, left - hung
+        hung = min(ended - began, max(0.0, ended - max(launch.alive or 0.0, launch.silent_since or 0.0)))
+    in_training = min(hung, left)
+    set_up, left = set_up - (hung - in_training), left - in_training
+    newest = training_at if launch.newest_taken is None else launch.newest_taken
     kept = newest  # when the state was captured that the next launch went on from; our beginning if it was an earlier's
     if not is_last and not launch.is_done:
         kept = training_at if launch.continued_at is None else launch.continued_at
     leaves_in_order = launch.kind in ("preempted", "interrupted") or launch.is_done
     lost = 0.0 if is_running else max(0.0, ended - hung - kept)
+    saving = 0.0
     if leaves_in_order and kept >= newest:
-        parts["saving"], lost = min(left, lost), 0.0
-    else:
-        parts["saving"] = 0.0
-    left -= parts["saving"]
-    parts["repeated"] = min(left, lost + launch.lost_to_rollbacks)
-    left -= parts["repeated"]
+        # What came between the state that was saved and the leaving (an evaluation, say) is made again.
+        saving = min(left, lost, max(0.0, ended - (launch.leaving_at or 0.0)))
+        lost -= saving
+    left -= saving
+    repeated = min(left, lost + launch.lost_to_rollbacks)
+    left -= repeated
     stalls = min(left, launch.stalls)
-    parts["saving"], left = parts["saving"] + stalls, left - stalls
-    return {**parts, "training": left}
+    return {
+        "set-up": set_up,
+        "hung": hung,
+        "repeated": repeated,
+        "saving": saving + stalls,
+        "training": left - stalls,
+        "down": 0.0 if launch.exited_at is None else launch.ended - launch.exited_at,  # the process is taken down
+    }

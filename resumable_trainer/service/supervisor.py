@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 from resumable_trainer.errors import ExitCode
 from resumable_trainer.loop import launch
+from resumable_trainer.loop.started import SUPERVISOR_VARIABLE
 from resumable_trainer.service import progress
 from resumable_trainer.service.budget import Decision, Ending, Limits, Spent, decide
 from resumable_trainer.service.guardian import Guardian
@@ -81,7 +82,7 @@ class Supervisor:
         self._hooks, self._say = hooks, say
         self._spent = Spent()
         self._child: Child | None = None
-        self._has_begun = False
+        self._has_begun = self._has_opened = False
         self._leaving: int | None = None
         self._unsent: list[int] = []
         self._ear = Ear()
@@ -122,8 +123,10 @@ class Supervisor:
 
     def _environment(self) -> dict[str, str]:
         environment = {**os.environ}
-        for name in ("NOTIFY_SOCKET", "WATCHDOG_USEC", "WATCHDOG_PID"):  # those of whoever watches the supervisor
-            environment.pop(name, None)
+        for name in ("NOTIFY_SOCKET", "WATCHDOG_USEC", "WATCHDOG_PID", SUPERVISOR_VARIABLE):
+            environment.pop(name, None)  # those of whoever watches the supervisor
+        if not self._has_opened:
+            environment[SUPERVISOR_VARIABLE] = str(os.getpid())  # the run's time begins with it
         if self._ear.address is not None:
             limit = self._hang_timeout or DEFAULT_LIMIT_SECONDS
             environment |= {"NOTIFY_SOCKET": self._ear.address, "WATCHDOG_USEC": str(int(limit * 1e6))}
@@ -153,9 +156,10 @@ class Supervisor:
             # It went back: what it has saved is progress, whatever was there before.
             new = [path for path in mine if progress.last_of(path, ("committed",))]
             baseline = Standing({path: order for path, order in before.durable.items() if path not in new}, {})
+        self._has_opened |= bool(mine)
         self._has_begun |= any(map(progress.has_begun, mine))
-        for directory in mine:
-            launch.note_ended(directory, by="supervisor", **_result(code, hung=hung))
+        for directory in mine:  # also if it has said that it is through: it cannot tell when it is gone
+            launch.note_ended(directory, unless=("ended",), by="supervisor", **_result(code, hung=hung))
         error = next(filter(None, map(progress.error_in, mine)), "") if code > 0 else ""
         has_opened = any(after.generations.values())
         ending = Ending(code, after.is_further_than(baseline), after.step, error, hung, has_opened)

@@ -68,7 +68,7 @@ def _labels() -> Iterator[tuple[Any, str, Any]]:
     yield opening.secrets, "token_hex", lambda num_bytes: RUN_ID[: 2 * num_bytes]
     yield opening.socket, "gethostname", lambda: "host"
     yield opening, "getpid", lambda: 4242
-    yield opening, "process_started", lambda: None
+    yield opening, "launch_started", lambda: None
     yield opening, "datetime", _FixedDatetime
     yield identity, "versions", lambda: VERSIONS
     yield identity, "current_facts", lambda *_, **__: FACTS

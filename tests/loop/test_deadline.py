@@ -9,6 +9,7 @@ import sys
 import time
 from typing import TYPE_CHECKING
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -58,16 +59,19 @@ def test_a_snapshot_that_usually_takes_longer_than_is_left_is_told() -> None:
     assert longer_than(None, [1.0]) is None, "no end is known"
 
 
-def test_a_job_whose_end_is_a_day_away_trains(tmp_path: Path) -> None:
-    """Nothing is known of its snapshots yet: that is no reason to leave."""
+@pytest.mark.parametrize("seconds", [86400, -3600])
+def test_a_job_whose_end_is_a_day_away_or_past_already_trains(tmp_path: Path, seconds: int) -> None:
+    """Nothing is known of its snapshots yet: that is no reason to leave. Nor is an end that has not come to pass."""
     (tmp_path / "job.py").write_text(JOB)
     environment = {**os.environ, "RESUMABLE_TRAINER_NOTICES": "slurm"}
-    environment["SLURM_JOB_END_TIME"] = str(int(time.time()) + 86400)
+    environment["SLURM_JOB_END_TIME"] = end = str(int(time.time()) + seconds)
     done = subprocess.run(
         [sys.executable, "job.py"], cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stderr
     assert "finished: 2 epochs" in done.stderr
+    line = f"warning Slurm's end time (SLURM_JOB_END_TIME={end}) is past already: it is not followed\n"
+    assert done.stderr.count(line) == (seconds < 0)
     costs = opening.snapshot_costs(tmp_path / "run")
     assert len(costs) == 2
     assert all(cost > 0 for cost in costs)

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import endings
 import pytest
@@ -20,6 +19,9 @@ from resumable_trainer.loop.record import Record
 from resumable_trainer.manager import RestoreReport, StateManager
 from resumable_trainer.snapshot.manifest import Manifest, PositionFields
 from resumable_trainer.snapshot.store import Store
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 AT_ONCE = SnapshotPolicy(background=False)
 
@@ -172,12 +174,6 @@ def test_goodput_is_told_where_the_events_can_be_read(tmp_path: Path) -> None:
     assert opening.goodput(tmp_path)[0].startswith("goodput ")
     (tmp_path / "events.jsonl").write_bytes(b"damage\n")
     assert opening.goodput(tmp_path) == []
-
-
-def test_when_the_process_was_started_is_told_where_the_system_tells_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert opening.process_started() is not None
-    monkeypatch.setattr(Path, "read_text", lambda self: "")
-    assert opening.process_started() is None
 
 
 @pytest.mark.parametrize(("noted", "limit"), [(7.0, 70.0), ("long", 600.0), (-1, 600.0), (None, 600.0)])

@@ -62,6 +62,7 @@ ROWS = st.lists(
                     "taken",
                     "started",
                     "stall_seconds",
+                    "leaving_seconds",
                     "code",
                     "result",
                     "action",

@@ -15,7 +15,9 @@ import endings
 import pytest
 
 from resumable_trainer.durable.lock import RunLock, read_owner
-from resumable_trainer.loop import launch
+from resumable_trainer.loop import launch, started
+from resumable_trainer.metrics.account import Account
+from resumable_trainer.metrics.goodput import seconds_of
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -95,8 +97,9 @@ def test_a_killed_training_is_continued_and_ends_as_if_nothing_had_happened(
     assert "restart 1 in 0.01 s: it died of SIGKILL; safe on disk: step 6" in said
     assert endings.differing(whole, endings.ending(tmp_path / "run")) == []
     ended = [event for event in events(tmp_path) if event["event"] == "ended"]
-    assert [(e["by"], e["result"], e["signal"], e["generation"]) for e in ended] == [
-        ("supervisor", "signal", "SIGKILL", 1)
+    assert [(e["by"], e["result"], e.get("signal"), e.get("code"), e["generation"]) for e in ended] == [
+        ("supervisor", "signal", "SIGKILL", None, 1),
+        ("supervisor", "exit", None, 0, 2),
     ]
     told = [json.loads(line) for line in (tmp_path / "told").read_text().splitlines()]
     # The first "started" may have been on its way when the training was killed.
@@ -115,7 +118,7 @@ def test_a_training_that_hangs_is_found_by_what_it_has_learned_shown_and_continu
     assert 2 <= limit < 100, "learned in the first epoch, not the one it was given"
     assert "in stuck" in said, "where it hung"
     assert endings.differing(whole, endings.ending(tmp_path / "run")) == []
-    (ended,) = [event for event in events(tmp_path) if event["event"] == "ended"]
+    ended = next(event for event in events(tmp_path) if event["event"] == "ended")
     assert (ended["result"], ended["signal"]) == ("hang", "SIGABRT")
 
 
@@ -145,7 +148,38 @@ def test_it_gives_up_on_the_same_error_at_the_same_step(tmp_path: Path) -> None:
     assert training.returncode == 70
     assert "gave up: 2 failures in a row without durable progress, at step 6; each time the same" in said
     assert "RuntimeError: boom" in said
-    assert not [event for event in events(tmp_path) if event["event"] == "ended"]
+    assert [event["code"] for event in events(tmp_path) if event["event"] == "ended"] == [70, 70]
+
+
+def test_a_runs_time_begins_with_its_supervisor_and_ends_with_its_last_process(tmp_path: Path) -> None:
+    before = time.time()
+    training = start(tmp_path, "--restart", "--backoff", "0.01", hurt="kill")
+    supervisor = started.process_started(training.pid)
+    training.communicate(timeout=60)
+    after = time.time()
+    begun = [event["started"] for event in events(tmp_path) if event["event"] == "launched"]
+    assert len(begun) == 2
+    first, second = (seconds_of(text) or 0.0 for text in begun)
+    assert first == pytest.approx(seconds_of(supervisor), abs=0.05)
+    assert second > first + 0.1, "of its own process"
+    assert before - 0.05 < first
+    *_, exited, ended = events(tmp_path)
+    assert (exited["event"], ended["event"], ended["code"]) == ("exited", "ended", 0)
+    goodput = Account.read(tmp_path / "run/events.jsonl").goodput()
+    assert goodput.wall_seconds <= after - before + 0.05
+    assert goodput.wall_seconds == pytest.approx((seconds_of(ended["time"]) or 0.0) - first, abs=1.0)
+
+
+def test_the_end_of_what_has_said_so_itself_is_noted_only_by_who_knows_the_process(tmp_path: Path) -> None:
+    """A unit that is started once more, when all is done, must not note an end that was long ago as one of now."""
+    assert finished(start(tmp_path))
+    launch.note_ended(tmp_path / "run", by="systemd", result="exit", code=0)
+    assert events(tmp_path)[-1]["event"] == "exited"
+    for _ in range(2):
+        launch.note_ended(tmp_path / "run", unless=("ended",), by="supervisor", result="exit", code=0)
+    assert [event["event"] for event in events(tmp_path)][-2:] == ["exited", "ended"]
+    assert finished(start(tmp_path)), "nothing to do"
+    assert events(tmp_path)[-1]["event"] == "ended"
 
 
 def test_a_fresh_start_is_fresh_once(tmp_path: Path, whole: dict[str, bytes]) -> None:
