@@ -37,22 +37,22 @@ def yield_to_training() -> None:
 def move_to_core_of_disk(directory: Path, *, system: Path = Path("/")) -> None:
     """Let this process run where the disk interrupts, if that is one core of several; nothing if that is not known.
 
+    For Linux, as the scribe is.
+
     Args:
         directory: On the disk.
         system: Where `sys` is found.
     """
-    if sys.platform == "linux":
-        with contextlib.suppress(OSError, ValueError):
-            core, mine = _core_of_disk(os.stat(directory).st_dev, system / "sys"), os.sched_getaffinity(0)
-            if core in mine and len(mine) > 1:
-                os.sched_setaffinity(0, {core})
+    with contextlib.suppress(OSError, ValueError):
+        core, mine = _core_of_disk(os.stat(directory).st_dev, system / "sys"), os.sched_getaffinity(0)
+        if core in mine and len(mine) > 1:
+            os.sched_setaffinity(0, {core})
 
 
 def move_anywhere(process: int) -> None:
     """Let another process run wherever the caller may."""
-    if sys.platform == "linux":
-        with contextlib.suppress(OSError):
-            os.sched_setaffinity(process, os.sched_getaffinity(0))
+    with contextlib.suppress(OSError):
+        os.sched_setaffinity(process, os.sched_getaffinity(0))
 
 
 def _core_of_disk(device: int, system: Path) -> int | None:
