@@ -42,8 +42,14 @@ def load(args: argparse.Namespace) -> tuple[Tensors, Tensors]:
 
 def bundled_rows() -> list[list[float]]:
     """Breast cancer Wisconsin (diagnostic), 569 rows of 30 features; real data, part of scikit-learn."""
-    from sklearn.datasets import load_breast_cancer
-    from sklearn.preprocessing import StandardScaler
+    try:
+        from sklearn.datasets import load_breast_cancer
+        from sklearn.preprocessing import StandardScaler
+    except ModuleNotFoundError:
+        raise TableError(
+            "the bundled data come with scikit-learn, which is not installed - "
+            "pip install 'resumable-trainer[example]', or give a table of your own: --data FILE.csv"
+        ) from None
 
     features, labels = load_breast_cancer(return_X_y=True)
     features = StandardScaler().fit_transform(features)

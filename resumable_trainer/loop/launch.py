@@ -126,6 +126,7 @@ class Process:
     opened: dict[Path, int] = field(default_factory=dict)
     script: str | None = None
     failed: bool = False
+    leaving: int = 0
     exit_recorded: bool = False
 
     def note_opened(self, directory: Path, generation: int) -> None:
@@ -140,9 +141,13 @@ class Process:
         """The process ends by an uncaught exception."""
         self.failed = True
 
+    def note_leaving(self, code: int) -> None:
+        """A run is left on the way out of the process, which ends with this exit code: at its exit nobody is told."""
+        self.leaving = code
+
     def _at_exit(self, pid: int) -> None:
         if os.getpid() == pid and not self.exit_recorded and not self.failed:
-            self.record_exit(0)
+            self.record_exit(self.leaving)
 
     def record_exit(self, code: int) -> None:
         """Note in the events of every run opened here how the process ended.

@@ -131,6 +131,8 @@ class Run:
             self._close_saver(error)
         finally:
             self._close(error)
+        if isinstance(error, Stopped):
+            launch.process.note_leaving(int(error.exit_code))
         if error is None or isinstance(error, Stopped):
             self._screen.say([error.message] if isinstance(error, Stopped) else self._loops.display.ending())
         if swallowed is not None:

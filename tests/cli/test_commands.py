@@ -32,7 +32,7 @@ with Run("runs/mine", state={"model": model}, early_stopping=EarlyStopping("accu
             run.log(weight=model.weight.sum())
             time.sleep(float(os.environ.get("PAUSE", "0")))
             if os.environ.get("KILL") == str(run.step):
-                os.kill(os.getpid(), 9)
+                os.kill(os.getpid(), int(os.environ.get("SIGNAL", "9")))
         run.log_epoch(accuracy=epoch)
 """
 
@@ -142,6 +142,19 @@ def test_stop_makes_the_holder_save_and_leave_and_a_second_start_is_refused(tmp_
             holder.wait()
         assert holder.stderr is not None
         holder.stderr.close()
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 75), (signal.SIGINT, 130)])
+def test_a_script_started_by_python_that_was_asked_to_leave_is_not_done(tmp_path: Path, number: int, code: int) -> None:
+    write_script(tmp_path)
+    environment = {**os.environ, "KILL": "6", "SIGNAL": str(int(number))}
+    left = subprocess.run([sys.executable, "train.py"], cwd=tmp_path, env=environment, timeout=60, check=False)
+    assert left.returncode == code
+    newest = json.loads((tmp_path / "runs/mine/events.jsonl").read_text().splitlines()[-1])
+    assert (newest["event"], newest["code"]) == ("exited", code)
+    again = command(tmp_path, "run", "train.py")
+    assert again.returncode == 0, again.stderr
+    assert json.loads(command(tmp_path, "status", "--json").stdout)["state"] == "finished"
 
 
 @pytest.mark.parametrize("how", ["run", "python"])

@@ -61,3 +61,9 @@ def test_a_header_changes_nothing(tmp_path: Path) -> None:
     (tmp_path / "a.csv").write_text(GOOD)
     (tmp_path / "b.csv").write_text("x,y,label\n" + GOOD)
     assert tabular.read_csv(tmp_path / "a.csv") == tabular.read_csv(tmp_path / "b.csv")
+
+
+def test_without_scikit_learn_it_is_said_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "sklearn.datasets", None)
+    with pytest.raises(tabular.TableError, match=r"\[example\].*--data FILE.csv"):
+        tabular.bundled_rows()
