@@ -109,6 +109,7 @@ class Run:
         install_excepthook(launch.process.note_failure)
         with contextlib.ExitStack() as if_it_fails:
             notices.begin()
+            launch.process.note_leaving(0)  # a script, or a notebook, that goes on after it has left a run has not left
             if_it_fails.callback(notices.end)
             self._keeper.open(says_how_it_steps=self.says_how_it_steps)
             if_it_fails.callback(self._keeper.close)

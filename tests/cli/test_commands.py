@@ -157,6 +157,17 @@ def test_a_script_started_by_python_that_was_asked_to_leave_is_not_done(tmp_path
     assert json.loads(command(tmp_path, "status", "--json").stdout)["state"] == "finished"
 
 
+def test_a_notebook_that_runs_a_cell_again_after_an_interrupt_is_done_when_that_is(tmp_path: Path) -> None:
+    write_script(tmp_path)
+    code = "import os\nfrom resumable_trainer import Interrupted\ncell = compile(open('train.py').read(), 'train.py', 'exec')\n"
+    code += "try:\n    exec(cell)\nexcept Interrupted:\n    del os.environ['KILL']\n    exec(cell)\n"
+    (tmp_path / "notebook.py").write_text(code)
+    environment = {**os.environ, "KILL": "6", "SIGNAL": str(int(signal.SIGINT))}
+    subprocess.run([sys.executable, "notebook.py"], cwd=tmp_path, env=environment, timeout=60, check=True)
+    newest = json.loads((tmp_path / "runs/mine/events.jsonl").read_text().splitlines()[-1])
+    assert (newest["event"], newest["code"]) == ("exited", 0)
+
+
 @pytest.mark.parametrize("how", ["run", "python"])
 def test_a_training_that_raises_exits_70_with_its_traceback(tmp_path: Path, how: str) -> None:
     write_script(tmp_path)
