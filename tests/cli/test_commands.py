@@ -159,9 +159,10 @@ def test_a_script_started_by_python_that_was_asked_to_leave_is_not_done(tmp_path
 
 def test_a_notebook_that_runs_a_cell_again_after_an_interrupt_is_done_when_that_is(tmp_path: Path) -> None:
     write_script(tmp_path)
-    code = "import os\nfrom resumable_trainer import Interrupted\ncell = compile(open('train.py').read(), 'train.py', 'exec')\n"
-    code += "try:\n    exec(cell)\nexcept Interrupted:\n    del os.environ['KILL']\n    exec(cell)\n"
-    (tmp_path / "notebook.py").write_text(code)
+    begins = "import os\nfrom resumable_trainer import Interrupted\n"
+    begins += "cell = compile(open('train.py').read(), 'train.py', 'exec')\n"
+    cells = "try:\n    exec(cell)\nexcept Interrupted:\n    del os.environ['KILL']\n    exec(cell)\n"
+    (tmp_path / "notebook.py").write_text(begins + cells)
     environment = {**os.environ, "KILL": "6", "SIGNAL": str(int(signal.SIGINT))}
     subprocess.run([sys.executable, "notebook.py"], cwd=tmp_path, env=environment, timeout=60, check=True)
     newest = json.loads((tmp_path / "runs/mine/events.jsonl").read_text().splitlines()[-1])
