@@ -99,8 +99,9 @@ class Heartbeat:
     def beat(self, status: Callable[[], str] | None = None) -> None:
         """The training thread has got on; `status` gives a line for people, asked for about once a second."""
         now = self._clock()
-        self._longest = max(self._longest, now - self._last)
-        self._last = now
+        gap, self._last = now - self._last, now
+        if not self._limit or gap <= self._limit:  # a longer one would have been ended: both were stopped meanwhile
+            self._longest = max(self._longest, gap)
         if self._send is None:
             return
         if status is not None and now - self._status_at >= _STATUS_SECONDS:

@@ -55,6 +55,11 @@ class Liveness:
         if extended:
             self.deadline = max(self.deadline or now, now + extended)
 
+    def excuse(self, seconds: float) -> None:
+        """The watcher itself was stopped for so long, and the child perhaps with it: that was no silence."""
+        if self.deadline is not None:
+            self.deadline += seconds
+
     def is_over(self, now: float) -> bool:
         """Whether the child has been silent for too long."""
         return self.deadline is not None and now >= self.deadline

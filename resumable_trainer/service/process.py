@@ -57,12 +57,17 @@ class Child:
         return self._process.wait()
 
     def abort(self, grace_seconds: float) -> None:
-        """End a child that hangs: SIGABRT shows the stacks of its threads, then those of its workers."""
+        """End a child that hangs: SIGABRT shows the stacks of its threads, then those of its workers.
+
+        One that was stopped gets it only when it is continued.
+        """
         self.send(signal.SIGABRT)
+        self.send(signal.SIGCONT)
         self._wait(grace_seconds)
         self.send(signal.SIGKILL)
         self._wait(grace_seconds)
         self._send_group(signal.SIGABRT)
+        self._send_group(signal.SIGCONT)
         time.sleep(_LOOK_SECONDS * 10)  # for the workers' stacks: nobody reaps them that could tell
 
     def _wait(self, seconds: float) -> None:

@@ -7,7 +7,10 @@ it. The supervisor's exit code is the last child's. Of a child that died of sign
 shell has it: a service manager sees a failure. One that died of the SIGTERM passed on, before its handlers
 stood, counts as preempted (75): nothing was lost, and it may be run again.
 
-Cost: it sleeps until a signal, a word of the child or the child's time limit wakes it.
+It may be stopped together with its child (Ctrl-Z, `scontrol suspend`, a frozen container or machine): time in which
+it did not run itself is not held against the child.
+
+Cost: it sleeps until a signal or a word of the child wakes it, and looks at the clock once a second.
 """
 
 from __future__ import annotations
@@ -40,6 +43,8 @@ if TYPE_CHECKING:
 _PASSED_ON = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2, signal.SIGCONT)
 _LEAVE = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 _ABORT_GRACE_SECONDS = 10.0
+_LOOK_SECONDS = 1.0
+_STOPPED_SECONDS = 0.5  # woken later than this, it was not running
 
 
 @dataclass(frozen=True)
@@ -145,7 +150,10 @@ class Supervisor:
                 limit = liveness.limit_seconds or 0.0
                 self._say(f"no sign of life for {limit:.3g} s ({liveness.status or 'no status'}): it is ended")
                 return True
-            self._wait(None if liveness.deadline is None else liveness.deadline - now)
+            seconds = None if liveness.deadline is None else min(liveness.deadline - now, _LOOK_SECONDS)
+            self._wait(seconds)
+            if seconds is not None and (late := time.monotonic() - now - seconds) > _STOPPED_SECONDS:
+                liveness.excuse(late)
 
     def _judge(self, pid: int, code: int, *, hung: bool, before: Standing) -> Ending:
         directories = self._training.directories()

@@ -64,6 +64,15 @@ def test_a_longer_silence_raises_the_limit_and_a_shorter_one_never_lowers_it() -
     assert watched.noted == [5.0, 50.0]
 
 
+def test_a_silence_that_nobody_could_have_watched_is_not_learned() -> None:
+    watched = Watched()
+    watched.beat_after(5)
+    watched.heart.epoch_ends()
+    watched.beat_after(30_000)  # suspended for the night, and its watcher with it
+    watched.heart.epoch_ends()
+    assert (watched.limits(), watched.noted, watched.heart.longest_seconds) == ([50.0], [5.0], 5.0)
+
+
 def test_what_an_earlier_launch_has_learned_holds_from_the_beginning() -> None:
     watched = Watched(longest_gap_seconds=7.0)
     watched.heart.ready()

@@ -119,6 +119,34 @@ time.sleep(60)
     assert said == ""
 
 
+BEATING = """
+notify("READY=1")
+notify("WATCHDOG_USEC=2000000")
+open("ready", "a").write(f"{os.getpid()} ")
+"""
+
+
+def test_a_child_that_was_stopped_together_with_its_supervisor_does_not_hang(tmp_path: Path) -> None:
+    script = NOTIFY + BEATING + "for _ in range(40): time.sleep(0.1); notify('WATCHDOG=1')\n"
+    supervisor = started(tmp_path, script, hang=30)
+    child = int(until(tmp_path / "ready"))
+    for number in (signal.SIGSTOP, signal.SIGCONT):
+        for pid in (child, supervisor.pid) if number == signal.SIGSTOP else (supervisor.pid, child):
+            os.kill(pid, number)
+            time.sleep(0.2)  # the supervisor is the first to find how late it is
+        time.sleep(4)
+    assert (supervisor.communicate(timeout=20)[1], supervisor.returncode) == ("", 0)
+
+
+def test_a_child_that_was_stopped_alone_is_ended_with_its_stacks(tmp_path: Path) -> None:
+    script = NOTIFY + BEATING + "if not count: os.kill(os.getpid(), signal.SIGSTOP)\n"
+    supervisor = started(tmp_path, script, hang=30)
+    said = supervisor.communicate(timeout=20)[1]
+    assert supervisor.returncode == 0
+    assert "no sign of life for 2 s" in said
+    assert "Fatal Python error: Aborted" in said
+
+
 def test_a_second_sigterm_passes_through_too(tmp_path: Path) -> None:
     script = """
 import os, signal, time
