@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from resumable_trainer.errors import UsageError
-from resumable_trainer.snapshot.layout import Position
+from resumable_trainer.snapshot.layout import Position, epochs_in_words
 from resumable_trainer.snapshot.new_run import refuse_taken
 
 if TYPE_CHECKING:
@@ -94,9 +94,8 @@ def _text(fields: dict[str, Any], found: Recognised, args: argparse.Namespace) -
 
 def _place(fields: dict[str, Any], found: Recognised, args: argparse.Namespace) -> list[str]:
     epoch, step = fields["epoch"], fields["step"]
-    place = (
-        f"within epoch {epoch + 1}, {fields['batch']} batches done" if fields["batch"] else f"{epoch} epochs complete"
-    )
+    batch = fields["batch"]
+    place = f"within epoch {epoch + 1}, {batch} batches done" if batch else epochs_in_words(epoch)
     lines = [f"at      {place}, step {step}"]
     if args.epoch is None and found.epoch is not None:
         lines.append(

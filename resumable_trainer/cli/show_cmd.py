@@ -44,11 +44,9 @@ def _tensors(path: Path, manifest: Manifest) -> dict[str, int]:
 
 
 def _text(fields: dict[str, Any], manifest: Manifest, came_from: dict[str, Any]) -> str:
-    at = manifest.position
-    place = f"{at.epoch} epochs complete" if manifest.epoch_complete else f"epoch {at.epoch + 1}, batch {at.batch}"
     lines = [
         f"snapshot  {fields['path']}",
-        f"position  {place}, step {at.step}",
+        f"position  {manifest.place}, step {manifest.position.step}",
         f"created   {manifest.created} by generation {manifest.generation}, run {manifest.run_id}",
         f"parent    {manifest.parent or 'none'}",
     ]

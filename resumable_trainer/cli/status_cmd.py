@@ -32,9 +32,8 @@ def _lines(summary: RunSummary) -> list[str]:
     if newest is None:
         lines.append("saved   no valid snapshot yet")
     else:
-        at = newest.position
-        place = f"{at.epoch} epochs complete" if newest.epoch_complete else f"epoch {at.epoch + 1}, batch {at.batch}"
-        lines.append(f"saved   {newest.name} ({place}, step {at.step}) at {newest.created[:19].replace('T', ' ')} UTC")
+        when = newest.created[:19].replace("T", " ")
+        lines.append(f"saved   {newest.name} ({newest.place}, step {newest.position.step}) at {when} UTC")
         if newest.best is not None:
             best = newest.best
             lines.append(f"best    {best.metric} {best.value:.4f} @ epoch {best.epoch + 1} (step {best.step})")

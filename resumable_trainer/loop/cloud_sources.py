@@ -9,6 +9,7 @@ from __future__ import annotations
 import datetime
 import email.utils
 import json
+import re
 import time
 import urllib.parse
 from dataclasses import dataclass, field
@@ -26,6 +27,7 @@ _AZURE_SECONDS = 30.0  # at least, for Preempt
 _AZURE_FIRST_SECONDS = 125.0
 _AZURE_EVENTS = "/metadata/scheduledevents?api-version=2020-07-01"
 _AZURE_NAME = "/metadata/instance/compute/name?api-version=2021-02-01&format=text"
+_AZURE_MACHINE = re.compile(r"[\w.-]{1,80}")
 _AZURE_ENDS = ("Preempt", "Terminate", "Reboot", "Redeploy")
 
 
@@ -190,7 +192,8 @@ class Azure:
             answer = self._service.ask(_AZURE_NAME, {"Metadata": "true"})
         except (OSError, ValueError):
             return ""
-        return answer.text if answer is not None else ""
+        name = answer.text.strip() if answer is not None else ""
+        return name if _AZURE_MACHINE.fullmatch(name) else ""  # else it is asked again: no event would be for us
 
     def _approve(self, event_id: object) -> None:
         body = json.dumps({"StartRequests": [{"EventId": event_id}]}).encode()

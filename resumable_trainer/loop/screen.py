@@ -69,11 +69,8 @@ def _could_be_fused(part: object) -> bool:
 def resumed(report: RestoreReport, record: Record) -> list[str]:
     """What was restored, and from where."""
     assert report.manifest is not None
-    at = report.manifest.position
-    place = (
-        f"{at.epoch} epochs complete" if report.manifest.epoch_complete else f"epoch {at.epoch + 1}, batch {at.batch}"
-    )
-    lines = [f"resume  {report.snapshot} ({place}, step {at.step}; verified), {best_text(record.best)}"]
+    place = f"{report.manifest.place}, step {report.manifest.position.step}"
+    lines = [f"resume  {report.snapshot} ({place}; verified), {best_text(record.best)}"]
     if report.set_aside:
         lines.append(f"aside   {len(report.set_aside)} newer snapshots were set aside: {', '.join(report.set_aside)}")
     return lines

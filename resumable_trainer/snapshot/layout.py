@@ -39,6 +39,11 @@ class Position:
     step: int
 
 
+def epochs_in_words(complete: int) -> str:
+    """How many epochs are over."""
+    return "1 epoch complete" if complete == 1 else f"{complete} epochs complete"
+
+
 @dataclass(frozen=True)
 class ParsedName:
     """What a snapshot's name says.

@@ -16,6 +16,7 @@ from pydantic_core import to_json
 from resumable_trainer.durable.digest import digest_bytes
 from resumable_trainer.errors import DamagedSnapshotError, SettingsError
 from resumable_trainer.snapshot import strict_json
+from resumable_trainer.snapshot.layout import epochs_in_words
 
 FORMAT = 1
 MAX_BYTES = 16 << 20
@@ -89,6 +90,12 @@ class Manifest(_Record):
     depends_on: dict[str, Any] = Field(default_factory=dict)
     saved_by: dict[str, str] = Field(default_factory=dict)
     own_digest: str = Field(default="", exclude=True)
+
+    @property
+    def place(self) -> str:
+        """Where the run stood, for people; they count from 1."""
+        at = self.position
+        return epochs_in_words(at.epoch) if self.epoch_complete else f"epoch {at.epoch + 1}, batch {at.batch}"
 
     @property
     def metric_values(self) -> dict[str, float]:

@@ -502,5 +502,5 @@ def test_import_from_the_command_line_and_continue(tmp_path: Path) -> None:
     )
     done = command(tmp_path, "run", "train.py")
     assert done.returncode == 0, done.stderr
-    assert "resume  step-000000004-epoch-000001 (1 epochs complete, step 4; verified)" in done.stderr
+    assert "resume  step-000000004-epoch-000001 (1 epoch complete, step 4; verified)" in done.stderr
     assert json.loads(command(tmp_path, "status", "--json").stdout)["step"] == 12

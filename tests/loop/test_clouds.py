@@ -103,6 +103,17 @@ def test_azure_calls_a_machine_by_another_name_than_it_calls_itself(served: tupl
     assert azure.ask() is not None
 
 
+@pytest.mark.parametrize("answer", ['{"error": "busy"}', "<html>503</html>", "", "x" * 1000])
+def test_a_name_that_is_none_is_not_kept(served: tuple[str, Metadata], answer: str) -> None:
+    host, metadata = served
+    azure = Azure(f"http://{host}", "vmss000007")
+    event = {"EventId": "x", "EventType": "Preempt", "NotBefore": "", "Resources": ["vmss_7"]}
+    metadata.name, metadata.events = answer, {"Events": [event]}
+    assert azure.ask() is None
+    metadata.name = "vmss_7"
+    assert azure.ask() is not None
+
+
 def test_slurm_tells_the_end_of_the_job() -> None:
     asked = Slurm(time.time() + 500).ask()
     assert asked is not None
