@@ -124,6 +124,8 @@ def _finished(launch: Launch, row: Mapping[str, Any], at: float) -> None:
 def _exited(launch: Launch, row: Mapping[str, Any], at: float) -> None:
     launch.is_end_known, launch.exited_at = True, at
     launch.is_done |= row.get("code") == 0
+    if not launch.is_done:
+        launch.kind = launch.kind or "failed"  # it refused to train, say: it was not killed
 
 
 def _ended(launch: Launch, row: Mapping[str, Any], at: float) -> None:

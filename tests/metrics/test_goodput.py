@@ -176,3 +176,9 @@ def test_the_parts_add_up_to_the_whole_and_none_is_negative(rows: list[dict[str,
         assert found.wall_seconds <= last - first + 1e-3
         if not any(row["event"] == "finished" for row in rows):
             assert found.wall_seconds == pytest.approx(last - first, abs=1e-3)
+
+
+def test_a_launch_that_has_told_its_exit_code_was_not_killed() -> None:
+    refused = [event("launched", 70, started=at(69), generation=3), event("exited", 71, code=78)]
+    assert account([*KILLED_ONCE, *refused]).interruptions == {"killed": 1, "failed": 1}
+    assert account([*KILLED_ONCE, event("exited", 62, code=1)]).interruptions == {"killed": 1}, "the run had ended"
