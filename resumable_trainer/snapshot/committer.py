@@ -214,7 +214,7 @@ class Committer:
         except OSError as error:
             note("not_deleted", reason=str(error))
             return
-        delete_each(self._store, doomed, note)
+        delete_each(doomed, self._store.delete, note)
 
     def took(self, new: Kept, own_digest: str, doomed: Sequence[str]) -> None:
         """Somebody else has committed a snapshot, and deleted those that are doomed by it."""
@@ -243,10 +243,10 @@ class Committer:
         return self._kept
 
 
-def delete_each(store: Store, names: Iterable[str], note: Callable[..., None]) -> None:
+def delete_each(names: Iterable[str], delete: Callable[[str], None], note: Callable[..., None]) -> None:
     """Delete snapshots; one that cannot be deleted is noted, and no reason to stop."""
     for name in names:
         try:
-            store.delete(name)
+            delete(name)
         except OSError as error:
             note("not_deleted", snapshot=name, reason=str(error))

@@ -15,7 +15,7 @@ from resumable_trainer.durable.files import Files, remove_tree
 from resumable_trainer.durable.lock import check_still_ours
 from resumable_trainer.durable.priority import move_to_core_of_disk
 from resumable_trainer.errors import ResumableTrainerError
-from resumable_trainer.snapshot.committer import Committer, Hooks
+from resumable_trainer.snapshot.committer import Committer, Hooks, delete_each
 from resumable_trainer.snapshot.layout import RUN_LOCK
 from resumable_trainer.snapshot.manifest import Manifest
 from resumable_trainer.snapshot.ready import ReadyFiles
@@ -24,7 +24,7 @@ from resumable_trainer.snapshot.scribe import REMEMBERED, receive, send
 from resumable_trainer.snapshot.store import Store
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Mapping
 
     from resumable_trainer.snapshot.manifest import FileEntry
 
@@ -71,16 +71,12 @@ class _Desk:
         written = committer.commit(ReadyFiles(files), facts, hooks)
         assert written is not None
         self._remove_discarded()  # whose new names the commit has made durable
-        for name in order["delete"]:
-            self._discard(name, note)
+        delete_each(order["delete"], self._discard, note)
         return {"own_digest": written.own_digest, "num_bytes": written.total_bytes, "notes": notes}
 
-    def _discard(self, name: str, note: Callable[..., None]) -> None:
+    def _discard(self, name: str) -> None:
         """Take its name away now, and remove it behind the next commit: that saves a sync for each."""
-        try:
-            self._discarded.append(self._store.discard(name))
-        except OSError as error:
-            note("not_deleted", snapshot=name, reason=str(error))
+        self._discarded.append(self._store.discard(name))
 
     def _remove_discarded(self) -> None:
         discarded, self._discarded = self._discarded, []

@@ -39,6 +39,10 @@ def whole(tmp_path: Path) -> dict[str, bytes]:
     return endings.ending(tmp_path / "whole")
 
 
+def kill() -> None:
+    raise Killed
+
+
 def ask_to_save() -> None:
     os.kill(os.getpid(), signal.SIGUSR1)
 
@@ -85,9 +89,6 @@ def test_who_is_killed_later_in_the_same_evaluation_goes_on_from_there(
 ) -> None:
     """The evaluation is made again, and draws what it drew."""
 
-    def kill() -> None:
-        raise Killed
-
     once, again = at([number], ask_to_save), at([number + 1], kill)
     small = Small(at_evaluation=lambda run: (once(run), again(run))[0])
     with pytest.raises(Killed):
@@ -125,9 +126,6 @@ def draw_and_change(small: Small) -> None:
 @pytest.mark.parametrize("staging", ["copy", "overlapped"])
 def test_an_evaluation_that_draws_and_changes_the_state_is_repeated_exactly(tmp_path: Path, staging: str) -> None:
     def train(directory: Path, *, asks_at: Sequence[int] = (), killed_at: Sequence[int] = ()) -> None:
-        def kill() -> None:
-            raise Killed
-
         small = Small()
         ask, end = at(asks_at, ask_to_save), at(killed_at, kill)
 
@@ -202,9 +200,6 @@ def test_evaluations_within_and_after_each_other_and_between_loops_over_batches(
     """The same position may be saved before the first evaluation alone: what comes after it is repeated."""
 
     def train(directory: Path, *, asks_at: Sequence[int] = (), killed_at: Sequence[int] = ()) -> None:
-        def kill() -> None:
-            raise Killed
-
         small = Small()
         ask, end = at(asks_at, ask_to_save), at(killed_at, kill)
 
