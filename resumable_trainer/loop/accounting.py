@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 EVERY_BYTES = 1 << 15  # more than a hundred events, read in less than a millisecond
 AT_END_BYTES = 1 << 13
 _LAST = ("finished", "preempted", "interrupted", "failed")
+_COMMITTED_BYTES = 512  # of the event of a snapshot, at most
 
 
 class Accounting:
@@ -34,6 +35,7 @@ class Accounting:
     ) -> None:
         self._note, self._tell = note, tell
         self._noted_upto = 0
+        self._to_pass = 0  # snapshots before the events can have grown enough
         self._is_possible = True
 
     def heard(self, directory: Path, event: Mapping[str, Any]) -> None:
@@ -41,7 +43,9 @@ class Accounting:
         if self._tell is not None:
             self._tell(directory, event)
         limit = EVERY_BYTES if event["event"] == "committed" else AT_END_BYTES if event["event"] in _LAST else None
-        if limit is not None and self._is_possible:
+        if limit == EVERY_BYTES and self._to_pass > 0:
+            self._to_pass -= 1
+        elif limit is not None and self._is_possible:
             try:
                 self._account(directory / EVENTS, limit)
             except (OSError, ValueError):  # damaged: whoever has to read them says so
@@ -50,6 +54,7 @@ class Accounting:
     def _account(self, path: Path, limit: int) -> None:
         size = path.stat().st_size
         if size - self._noted_upto < limit:
+            self._to_pass = (limit + self._noted_upto - size) // _COMMITTED_BYTES
             return
         _, self._noted_upto = newest_noted(path)  # by an earlier launch, the first time
         if size - self._noted_upto >= limit:

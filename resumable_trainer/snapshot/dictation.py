@@ -106,7 +106,7 @@ class Dictation:
                 draft.otherwise()
                 return
             self._committer.took(draft.kept, answer.own_digest, doomed)
-            draft.committed(answer.num_bytes, time.monotonic() - started)
+            draft.committed(answer.num_bytes, answer.at - started)
             for event, fields in answer.notes:
                 self._note(event, **fields)
 

@@ -11,7 +11,7 @@ or was never there), the owner writes the same snapshot itself, and every rule a
 When the training dies, the kernel kills the scribe (`PR_SET_PDEATHSIG`), in the middle of a commit too, which is as
 good a place as any other. So it is used on Linux only. Signals to the group are the training's, it ignores them.
 
-Messages: a line of JSON with the lengths of what follows it, then those bytes.
+Orders: a line of JSON with the lengths of what follows it, then those bytes. Answers: a line of words.
 """
 
 from __future__ import annotations
@@ -38,6 +38,9 @@ _MAX_LINE_BYTES = 16 << 20
 _TIMEOUT_SECONDS = 300.0  # a disk that hangs longer than this hangs for whoever writes
 _END_SECONDS = 10.0
 _TOO_OFTEN_LATE = 3
+_ANSWER_BYTES = 1 << 16
+_FAILED = b"failed "
+READY = b"ready\n"
 
 
 class ScribeError(Exception):
@@ -51,12 +54,33 @@ class Committed:
     Attributes:
         own_digest: Digest of the manifest.
         num_bytes: Bytes of all files but the manifest.
+        at: When the snapshot was durable (`time.monotonic()`, the same in all processes).
         notes: What is to be noted in the run's events: [event, fields].
     """
 
     own_digest: str
     num_bytes: int
+    at: float
     notes: Sequence[tuple[str, dict[str, Any]]]
+
+    def to_line(self) -> bytes:
+        """The answer as it is sent."""
+        return f"{self.own_digest} {self.num_bytes} {self.at:.6f} {json.dumps(self.notes)}\n".encode()
+
+    @classmethod
+    def of_line(cls, line: bytes) -> Committed:
+        """The way back, without the newline.
+
+        Raises:
+            ValueError: It is something else.
+        """
+        own_digest, num_bytes, at, notes = line.decode().split(" ", 3)
+        return cls(own_digest, int(num_bytes), float(at), json.loads(notes) if notes != "[]" else ())
+
+
+def failed(error: Exception) -> bytes:
+    """The answer of a scribe that could not."""
+    return _FAILED + f"{type(error).__name__}: {error}".replace("\n", " ").encode(errors="replace") + b"\n"
 
 
 class Scribe:
@@ -89,7 +113,8 @@ class Scribe:
         finally:
             other.close()
         self.rows = rows
-        self._is_ready = False
+        self._is_ready = self._is_at_end = False
+        self._received = b""
         self._late = 0  # answers in a row that had to be waited for
         begin = {"directory": str(directory), "lock": lock, "rows": rows and str(rows), "parent": os.getpid()}
         with contextlib.suppress(OSError):  # then it never becomes ready
@@ -124,7 +149,17 @@ class Scribe:
 
     def has_answered(self) -> bool:
         """Whether `answer` would not wait."""
-        return bool(select.select([self._socket], [], [], 0)[0])
+        if not self._is_at_end and b"\n" not in self._received:
+            try:
+                # As it is: the socket's own methods would first ask whether there is something, a call more.
+                piece = os.read(self._socket.fileno(), _ANSWER_BYTES)
+            except BlockingIOError:
+                return False
+            except OSError:
+                piece = b""
+            self._received += piece
+            self._is_at_end = not piece
+        return self._is_at_end or b"\n" in self._received
 
     def answer(self) -> Committed:
         """Wait until the snapshot is durable.
@@ -135,20 +170,21 @@ class Scribe:
         self._late = 0 if self.has_answered() else self._late + 1
         if self._late == _TOO_OFTEN_LATE:
             self._hurry()
-        fields = self._answer()
-        return Committed(fields["own_digest"], fields["num_bytes"], [(event, rest) for event, rest in fields["notes"]])
-
-    def _answer(self) -> dict[str, Any]:
         try:
-            received = receive(self._socket)
-        except (OSError, ValueError) as error:
+            return Committed.of_line(self._answer())
+        except ValueError as error:
             raise ScribeError(f"no answer: {error}") from error
-        if received is None:
+
+    def _answer(self) -> bytes:
+        while not self.has_answered():
+            if not select.select([self._socket], [], [], _TIMEOUT_SECONDS)[0]:
+                raise ScribeError("no answer: timed out")
+        line, newline, self._received = self._received.partition(b"\n")
+        if not newline:
             raise ScribeError("it is gone")
-        fields, _ = received
-        if "failed" in fields:
-            raise ScribeError(str(fields["failed"]))
-        return fields
+        if line.startswith(_FAILED):
+            raise ScribeError(line.removeprefix(_FAILED).decode())
+        return line
 
     def _hurry(self) -> None:
         """Let it interrupt others on its way, on any core: on a busy machine the training would wait for it."""

@@ -7,6 +7,7 @@ import ctypes
 import os
 import signal
 import socket
+import time
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,7 +21,7 @@ from resumable_trainer.snapshot.layout import RUN_LOCK
 from resumable_trainer.snapshot.manifest import Manifest
 from resumable_trainer.snapshot.ready import ReadyFiles
 from resumable_trainer.snapshot.retention import kept_of
-from resumable_trainer.snapshot.scribe import REMEMBERED, receive, send
+from resumable_trainer.snapshot.scribe import READY, REMEMBERED, Committed, failed, receive
 from resumable_trainer.snapshot.store import Store
 
 if TYPE_CHECKING:
@@ -47,7 +48,7 @@ class _Desk:
         # Opened once and kept: a descriptor learns of every error that the kernel meets after its opening.
         self._rows = -1 if begin["rows"] is None else os.open(begin["rows"], os.O_RDONLY | os.O_CLOEXEC)
 
-    def carry_out(self, order: Mapping[str, Any], files: Mapping[str, bytes]) -> dict[str, Any]:
+    def carry_out(self, order: Mapping[str, Any], files: Mapping[str, bytes]) -> Committed:
         """Commit one snapshot, delete what is not to stay, and tell."""
         notes: list[tuple[str, dict[str, Any]]] = []
         fields = {**self._remembered, **order["manifest"]}
@@ -69,10 +70,11 @@ class _Desk:
         )
         committer = Committer(self._store, files=self._files, retain=lambda _: [])  # its owner knows what stays
         written = committer.commit(ReadyFiles(files), facts, hooks)
+        at = time.monotonic()
         assert written is not None
         self._remove_discarded()  # whose new names the commit has made durable
         delete_each(order["delete"], self._discard, note)
-        return {"own_digest": written.own_digest, "num_bytes": written.total_bytes, "notes": notes}
+        return Committed(written.own_digest, written.total_bytes, at, notes)
 
     def _discard(self, name: str) -> None:
         """Take its name away now, and remove it behind the next commit: that saves a sync for each."""
@@ -117,13 +119,13 @@ def main() -> None:
             return  # it died before we could tie ourselves to it
         move_to_core_of_disk(Path(begin["directory"]))
         desk = _Desk(begin)
-        send(connection, {"ready": True})
+        connection.sendall(READY)
         while (received := receive(connection)) is not None:
             try:
-                answer = desk.carry_out(*received)
+                answer = desk.carry_out(*received).to_line()
             except (OSError, ValueError, ResumableTrainerError) as error:
-                answer = {"failed": f"{type(error).__name__}: {error}"}
-            send(connection, answer)
+                answer = failed(error)
+            connection.sendall(answer)
         desk.close()
 
 

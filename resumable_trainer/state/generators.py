@@ -1,7 +1,7 @@
 """Random generators: captured without drawing, restored last.
 
 Covers the global generators of Python, NumPy (legacy), torch on CPU and every accelerator that has
-been initialised, and generators handed over as parts. Cost: about 70 us, most of it NumPy's state.
+been initialised, and generators handed over as parts. Cost: about 15 us.
 """
 
 from __future__ import annotations
@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+
+from resumable_trainer.state import words
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -47,9 +49,10 @@ def restore_generator(generator: object, saved: Mapping[str, Any]) -> None:
 
 def capture_global() -> dict[str, Any]:
     """The state of all global generators; drawing from none."""
+    python, legacy = words.python_words(), words.numpy_words()
     return {
-        "python": _pack_python(random.getstate()),
-        "numpy": np.random.get_state(legacy=False),
+        "python": _pack_python(random.getstate()) if python is None else _python_tree(*python.read()),
+        "numpy": np.random.get_state(legacy=False) if legacy is None else legacy.read(),
         "torch": torch.default_generator.get_state(),
         "accelerators": _capture_accelerators(),
     }
@@ -117,8 +120,12 @@ def _restore_accelerators(saved: Mapping[str, list[torch.Tensor]]) -> list[str]:
 
 def _pack_python(state: tuple[Any, ...]) -> dict[str, Any]:
     """Python's 625 words as one array: a hundred times cheaper to write down than as a list."""
-    version, words, gauss = state
-    return {"version": version, "words": np.frombuffer(array("I", words), dtype=np.uint32), "gauss": gauss}
+    version, numbers, gauss = state
+    return _python_tree(version, np.frombuffer(array("I", numbers), dtype=np.uint32), gauss)
+
+
+def _python_tree(version: int, numbers: np.ndarray[Any, Any], gauss: float | None) -> dict[str, Any]:
+    return {"version": version, "words": numbers, "gauss": gauss}
 
 
 def _unpack_python(saved: Mapping[str, Any]) -> tuple[Any, ...]:
