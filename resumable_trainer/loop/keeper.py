@@ -61,6 +61,7 @@ class Keeper:
         self.restored: RestoreReport | None = None
         self.epoch_generators: Any = None
         self._generators_after_epoch: Any = None  # as captured then, until code of the user's runs again
+        self._generators_of_last_epoch: Any = None  # as captured then, for as long as it is
         self._saved_last = ""  # name of the snapshot that was taken last; it may still be on its way
         self.manager: StateManager
         self.record: Record
@@ -215,7 +216,10 @@ class Keeper:
             epoch_complete: Whether the epoch's body has ended.
             under_way: Number of the epoch's loop over batches that has batches left; None for none.
         """
-        now = generators.capture_global()
+        # Never the very object that `epoch_generators` is, where that is saved, too: a resumed run has two.
+        now = generators.capture_global(self._generators_of_last_epoch if epoch_complete else None)
+        if epoch_complete:
+            self._generators_of_last_epoch = now
         self._generators_after_epoch = now if epoch_complete and self.settings.probe is None else None
         loop = {
             "cursor": self.cursor.state_dict(),

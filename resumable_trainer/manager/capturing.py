@@ -62,7 +62,7 @@ class Capturing:
             trees.update(sections)
             if "generators" not in trees:
                 trees["generators"] = generators.capture_global()
-            return self._planner.flatten(trees, _lying_apart(trees))
+            return self._planner.flatten(trees, _lying_apart(trees), made_once=("generators",))
 
     def _trees(self, used_gradients: set[int]) -> dict[str, object]:
         walked = walk_all(self._state)

@@ -7,7 +7,8 @@ places, keys, types, dtypes, shapes, strides, devices, and which share memory. P
 are not, to the byte, what they were; what is the same is given as the very same object, so that its JSON is, too.
 
 Policy: anything that differs, or cannot be compared, is taken apart in full. A plan holds no tensor and no address, so
-that replaced tensors are found, and none is kept alive.
+that replaced tensors are found, and none is kept alive; but for those of sections of which is said that nobody changes
+them once they are made: where the very object is given again, it is not walked.
 """
 
 from __future__ import annotations
@@ -39,11 +40,23 @@ class Planner:
     def __init__(self) -> None:
         self._plan: _Plan | None = None
 
-    def flatten(self, sections: Mapping[str, object], apart: Mapping[str, Collection[str]] | None = None) -> Flat:
-        """Take named trees apart into values and tensors; arguments and errors are those of `tree.flatten`."""
+    def flatten(
+        self,
+        sections: Mapping[str, object],
+        apart: Mapping[str, Collection[str]] | None = None,
+        *,
+        made_once: Collection[str] = (),
+    ) -> Flat:
+        """Take named trees apart into values and tensors; other arguments and errors are those of `tree.flatten`.
+
+        Args:
+            sections: Trees by name.
+            apart: See there.
+            made_once: Sections whose trees nobody changes once they are made, but for the bytes of their tensors.
+        """
         apart = apart or {}
         is_planned = self._plan is not None and self._plan.apart == apart
-        again = self._plan.follow(sections) if self._plan is not None and is_planned else None
+        again = self._plan.follow(sections, made_once) if self._plan is not None and is_planned else None
         if again is not None:
             return again
         self._plan = None
@@ -175,6 +188,16 @@ class _Picked:
         return dict(zip(self.names, [leaves[number] for number in self.numbers], strict=True))
 
 
+@dataclass(frozen=True)
+class _Kept:
+    """A section of the newest state that comes again as the very same object, or not at all."""
+
+    tree: object
+    leaves: list[torch.Tensor]
+    marked: list[torch.Tensor]
+    num_nodes: int
+
+
 @dataclass(frozen=True, eq=False)
 class _Plan:
     apart: Mapping[str, Collection[str]]
@@ -182,12 +205,19 @@ class _Plan:
     stored: dict[str, _Picked]
     likeness: Likeness
     values: dict[str, Any]  # of the newest state
+    kept: dict[str, _Kept] = field(default_factory=dict)  # of it, too
 
-    def follow(self, sections: Mapping[str, object]) -> Flat | None:
+    def follow(self, sections: Mapping[str, object], made_once: Collection[str]) -> Flat | None:
         """The state taken apart; None if it has another structure."""
         follower = _Follower(plan=self)
         try:
-            values = {name: self._newest(name, follower.section(name, tree)) for name, tree in sections.items()}
+            values = {}
+            for name, tree in sections.items():
+                if name in made_once:
+                    values[name] = self._once(follower, name, tree)
+                else:
+                    self.kept.pop(name, None)
+                    values[name] = self._newest(name, follower.section(name, tree))
             is_like = follower.done == len(self.nodes) and self.likeness.holds_for(follower.leaves, follower.marked)
         except Exception:  # noqa: BLE001 - taking it apart in full says what is wrong with it, if anything is
             return None
@@ -196,6 +226,18 @@ class _Plan:
         self.values.update(values)
         tensors = {file: picked.out_of(follower.leaves) for file, picked in self.stored.items()}
         return Flat(values, tensors, self)
+
+    def _once(self, follower: _Follower, section: str, tree: object) -> Any:
+        kept = self.kept.get(section)
+        if kept is not None and kept.tree is tree:
+            follower.leaves += kept.leaves
+            follower.marked += kept.marked
+            follower.done += kept.num_nodes
+            return self.values[section]
+        leaves, marked, done = len(follower.leaves), len(follower.marked), follower.done
+        encoded = self._newest(section, follower.section(section, tree))
+        self.kept[section] = _Kept(tree, follower.leaves[leaves:], follower.marked[marked:], follower.done - done)
+        return encoded
 
     def _newest(self, section: str, encoded: Any) -> Any:
         """The object from before, if it holds the very same."""

@@ -35,14 +35,28 @@ class PythonWords:
     """
 
     def __init__(self, generator: random.Random) -> None:
-        self._generator = generator
+        self._generator: Any = generator
         # In C: the object's head, an index, and the words. As a state they come with the index last.
-        words = _array_at(id(generator) + object.__basicsize__, 1 + _NUM_WORDS)
-        self._pieces = words[1:], words[:1]
+        words = _words_at(id(generator) + object.__basicsize__, 1 + _NUM_WORDS)
+        self._key, self._index = words[1:], words[:1]
+        self._seen: tuple[Any, ...] = ()
 
-    def read(self) -> tuple[int, np.ndarray[Any, Any], float | None]:
-        """What `getstate` gives, its words as an array [625] of uint32."""
-        return random.Random.VERSION, np.concatenate(self._pieces), self._generator.gauss_next
+    def read(self) -> dict[str, Any]:
+        """What `getstate` gives: its version, its words as an array [625] of uint32, and the second normal number."""
+        gauss = self._generator.gauss_next
+        data = bytearray(self._key)
+        data += self._index
+        words = memoryview(data).cast("I")
+        tree = {"version": random.Random.VERSION, "words": np.frombuffer(data, dtype=np.uint32), "gauss": gauss}
+        self._seen = tree, words[:_NUM_WORDS], words[_NUM_WORDS:], gauss
+        return tree
+
+    def is_still(self, tree: object) -> bool:
+        """Whether what was read last is this very object, and nothing has been drawn since."""
+        if not self._seen or self._seen[0] is not tree:
+            return False
+        _, key, index, gauss = self._seen
+        return self._index == index and self._key == key and self._generator.gauss_next is gauss
 
 
 class NumpyWords:
@@ -57,10 +71,12 @@ class NumpyWords:
         self._generator = generator
         self._source = generator._bit_generator
         address = self._source.ctypes.state_address
-        self._key = _array_at(address, _NUM_WORDS)
+        self._key = _words_at(address, _NUM_WORDS)
         self._place = ctypes.c_int.from_address(address + self._key.nbytes)
         self._has_gauss = ctypes.c_int.from_address(id(generator) + gauss[0])
         self._gauss = ctypes.c_double.from_address(id(generator) + gauss[1])
+        self._gauss_bits = ctypes.c_uint64.from_address(id(generator) + gauss[1])
+        self._seen: tuple[Any, ...] = ()
 
     @property
     def is_there(self) -> bool:
@@ -69,12 +85,23 @@ class NumpyWords:
 
     def read(self) -> dict[str, Any]:
         """What `get_state(legacy=False)` gives."""
-        return {
+        data, place, has_gauss = bytearray(self._key), self._place.value, self._has_gauss.value
+        tree = {
             "bit_generator": "MT19937",
-            "state": {"key": self._key.copy(), "pos": self._place.value},
-            "has_gauss": self._has_gauss.value,
+            "state": {"key": np.frombuffer(data, dtype=np.uint32), "pos": place},
+            "has_gauss": has_gauss,
             "gauss": self._gauss.value,
         }
+        self._seen = tree, memoryview(data).cast("I"), place, has_gauss, self._gauss_bits.value
+        return tree
+
+    def is_still(self, tree: object) -> bool:
+        """Whether what was read last is this very object, and nothing has been drawn since."""
+        if not self._seen or self._seen[0] is not tree:
+            return False
+        _, key, *others = self._seen
+        now = [self._place.value, self._has_gauss.value, self._gauss_bits.value]
+        return now == others and self._key == key
 
 
 def python_words() -> PythonWords | None:
@@ -106,9 +133,9 @@ def _numpy_words(generator: RandomState) -> NumpyWords | None:
     return None if gauss is None else NumpyWords(generator, gauss)
 
 
-def _array_at(address: int, length: int) -> np.ndarray[Any, Any]:
+def _words_at(address: int, length: int) -> memoryview:
     """Words in memory as they are at any time; good for as long as their owner lives."""
-    return np.frombuffer((ctypes.c_uint32 * length).from_address(address), dtype=np.uint32)
+    return memoryview((ctypes.c_uint32 * length).from_address(address)).cast("B").cast("I")
 
 
 # -- whether it is as expected ---------------------------------------------------------------------------
@@ -122,8 +149,8 @@ def _python_is_as_expected() -> bool:
     words = PythonWords(ours)
 
     def is_same() -> bool:
-        version, numbers, gauss = words.read()
-        return (version, tuple(numbers.tolist()), gauss) == ours.getstate()
+        state = words.read()
+        return (state["version"], tuple(state["words"].tolist()), state["gauss"]) == ours.getstate()
 
     return _in_several_states(is_same, ours.random, lambda: ours.gauss(0, 1))
 

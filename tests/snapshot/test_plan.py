@@ -349,3 +349,32 @@ def test_views_that_negate_or_conjugate_are_not_tied_to_what_they_view() -> None
     assert flat.values["s"][4] == flat.values["s"][0]
     double = flatten({"s": torch.ones(2, dtype=torch.complex128).conj()})
     assert torch.equal(double.tensors["s"]["value"], torch.tensor([[1.0, -0.0]] * 2, dtype=torch.float64))
+
+
+def test_what_is_made_once_is_not_walked_again_and_comes_out_the_same() -> None:
+    planner, tree = Planner(), state()
+    once = ("loop", "optimizer")
+    planner.flatten(tree, made_once=once)
+    first = planner.flatten(tree, made_once=once)  # from here on there is a plan, and what to keep is known
+    again = planner.flatten(tree, made_once=once)
+    assert same(again, flatten(tree))
+    assert again.structure is first.structure
+    assert all(again.values[name] is first.values[name] for name in once)
+    tree["loop"]["position"] = 4  # against what was said
+    assert planner.flatten(tree, made_once=once).values["loop"]["position"] == 3
+    assert planner.flatten(tree).values["loop"]["position"] == 4
+    assert planner.flatten(tree, made_once=once).values["loop"]["position"] == 4
+
+
+def test_another_object_in_the_place_of_what_was_made_once_is_walked() -> None:
+    planner, tree = Planner(), state()
+    for _ in range(3):
+        planner.flatten(tree, made_once=["loop"])
+    other = state()
+    other["loop"]["position"] = 7
+    found = planner.flatten({**tree, "loop": other["loop"]}, made_once=["loop"])
+    assert same(found, flatten({**tree, "loop": other["loop"]}))
+    with_more = {**tree, "loop": {**other["loop"], "more": torch.ones(2)}}
+    assert same(planner.flatten(with_more, made_once=["loop"]), flatten(with_more))
+    tree["loop"]["generator"].set_(torch.ones(5))  # its bytes may change, and were they another shape, it is seen
+    assert same(planner.flatten(tree, made_once=["loop"]), flatten(tree))
