@@ -136,9 +136,9 @@ class Google:
         if answer is None:
             return None
         text = answer.text.strip()
-        if text == "TRUE":
+        if text.upper() == "TRUE":
             return Asked("Google: preempted", leave=True, seconds_left=_GOOGLE_SECONDS)
-        if text != "FALSE":
+        if text.upper() != "FALSE":
             raise ValueError(f"neither TRUE nor FALSE: {text[:60]!r}")
         self._etag = answer.etag
         return None

@@ -129,15 +129,17 @@ class Account:
         self._newest_at = at
 
     def _begin(self, row: Mapping[str, Any], at: float) -> None:
-        earliest = 0.0
+        earliest, is_afterwards = 0.0, False
         if self.launches:
             before, previous = self.launches[-1], row.get("previous")
             if isinstance(previous, dict) and previous.get("generation") == before.generation:
                 close(before, previous, at)
             earliest = before.ended
+            is_afterwards = before.over_at is not None or before.found_nothing_to_do
         started = seconds_of(row.get("started"))
         began = max(earliest, min(started, at) if started is not None else at)
-        self.launches.append(Launch(began, max(at, began), row.get("generation")))
+        launch = Launch(began, max(at, began), row.get("generation"), is_afterwards=is_afterwards)
+        self.launches.append(launch)
         if len(self.launches) > 2:
             self.settled = settled_with(self.settled, self.launches[0], self.launches[1])
             del self.launches[0]

@@ -82,10 +82,14 @@ def in_words(goodput: Goodput) -> str:
     ends = [f"{number} {kind}" for kind, number in goodput.interruptions.items()]
     ends += [f"{goodput.rollbacks} rolled back"] if goodput.rollbacks else []
     if ends:
-        text += f" | {goodput.launches} launches: {', '.join(ends)}"
+        text += f" | {_number(goodput.launches, 'launch', 'launches')}: {', '.join(ends)}"
     if goodput.steps_repeated:
-        text += f" | {goodput.steps_repeated} steps repeated"
+        text += f" | {_number(goodput.steps_repeated, 'step', 'steps')} repeated"
     return text
+
+
+def _number(count: int, one: str, several: str) -> str:
+    return f"{count} {one if count == 1 else several}"
 
 
 def duration(seconds: float) -> str:

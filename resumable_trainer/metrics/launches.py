@@ -44,6 +44,12 @@ class Launch:
     silent_since: float | None = None  # its last word, if somebody else has told its end
     is_end_known: bool = False
     is_done: bool = False  # the run ended with it
+    is_afterwards: bool = False  # the run had ended before it began
+
+    @property
+    def found_nothing_to_do(self) -> bool:
+        """Whether it came when the run had ended, and left it at that: it is none of the run's."""
+        return self.is_afterwards and self.training_at is None and self.kind is None
 
     def when_taken(self, snapshot: object) -> float | None:
         """When a snapshot's state was captured; None if this launch has not captured it.
@@ -156,6 +162,8 @@ TAKERS = {
 
 def settled_with(so_far: Goodput, launch: Launch, following: Launch | None, *, is_running: bool = False) -> Goodput:
     """The account with one launch more, given the one after it."""
+    if launch.found_nothing_to_do:
+        return so_far
     seconds, interruptions = dict(so_far.seconds), dict(so_far.interruptions)
     for kind, part in _parts(launch, is_last=following is None, is_running=is_running).items():
         seconds[kind] += part

@@ -74,7 +74,7 @@ class Handler(BaseHTTPRequestHandler):
         if path == "/computeMetadata/v1/instance/preempted":
             if self.headers["Metadata-Flavor"] != "Google":
                 return self.answer(403)
-            if "wait_for_change=true" in self.path and it.preempted == "FALSE":
+            if "wait_for_change=true" in self.path and it.preempted.upper() == "FALSE":
                 it.changed.wait(5)
             return self.answer(200, it.preempted)
         if path == "/metadata/scheduledevents":

@@ -61,11 +61,13 @@ def test_a_rebalance_recommendation_asks_for_a_snapshot_once(served: tuple[str, 
     assert aws.ask() is None
 
 
-def test_google_is_asked_at_once_and_then_waits_for_a_change(served: tuple[str, Metadata]) -> None:
+@pytest.mark.parametrize("word", ["TRUE", "true"])
+def test_google_is_asked_at_once_and_then_waits_for_a_change(served: tuple[str, Metadata], word: str) -> None:
     host, metadata = served
+    metadata.preempted = "false" if word.islower() else "FALSE"
     google = Google(host)
     assert google.ask() is None
-    threading.Timer(0.2, lambda: (setattr(metadata, "preempted", "TRUE"), metadata.changed.set())).start()
+    threading.Timer(0.2, lambda: (setattr(metadata, "preempted", word), metadata.changed.set())).start()
     began = time.monotonic()
     assert google.ask() == Asked("Google: preempted", leave=True, seconds_left=30.0)
     assert time.monotonic() - began < 5, "the answer came with the change"

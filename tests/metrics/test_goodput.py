@@ -81,6 +81,34 @@ def test_what_a_script_does_after_its_run_is_no_time_of_the_run_but_the_end_of_i
     assert found["training"] == before["training"] + 7
 
 
+def test_a_start_that_finds_nothing_to_do_is_none_of_the_runs() -> None:
+    before = account(KILLED_ONCE)
+    daily = [*KILLED_ONCE]
+    for number in range(3, 6):
+        daily += [event("launched", 1000 * number, started=at(1000 * number - 5), generation=number)]
+        daily += [event("resumed", 1000 * number + 1, snapshot="b", step=200)]
+        assert account(daily) == before, "while it shows how the run ended"
+        assert account(daily, now=BEGIN + 1000 * number + 2) == before
+        daily += [event("exited", 1000 * number + 2, code=0)]
+        assert account(daily) == before
+    further = [*daily, event("launched", 9000, started=at(8995), generation=6), event("training", 9002)]
+    further += [event("committed", 9010, snapshot="c", taken=at(9009), step=300), event("finished", 9010)]
+    found = account(further)
+    assert found.launches == before.launches + 1
+    assert found.wall_seconds == before.wall_seconds + 15
+    refused = [*daily, event("launched", 9000, started=at(8995), generation=6), event("failed", 9002)]
+    assert account(refused).interruptions == {"killed": 1, "failed": 1}
+    assert account([event("launched", 1), event("exited", 2, code=0)] * 2).launches == 2, "that run had no end"
+
+
+def test_one_is_told_as_one() -> None:
+    alone = Goodput(1, {"killed": 1}, 0, 1, dict.fromkeys(KINDS, 1.0))
+    assert in_words(alone).endswith(" | 1 launch: 1 killed | 1 step repeated")
+    assert in_words(Goodput(2, {"killed": 1}, 0, 2, alone.seconds)).endswith(
+        " | 2 launches: 1 killed | 2 steps repeated"
+    )
+
+
 def test_a_run_that_goes_on_in_the_process_that_had_ended_it_has_not_ended() -> None:
     rows = [*KILLED_ONCE[:-1], event("committed", 80, snapshot="c"), event("finished", 81, outcome="finished")]
     assert account(rows).wall_seconds == 79
