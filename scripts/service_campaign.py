@@ -34,6 +34,7 @@ KINDS = ("TERM", "KILL", "KILL worker", "hang busy", "hang lock", "hang worker")
 SECONDS_PER_LAUNCH = 0.7
 HANG_SECONDS = 2.0
 LONGEST_RESTART_SECONDS = 15.0
+LEFT = (-1, -1)  # in the place of an epoch and a batch: the loop is left
 
 
 def job(directory: str, *, epochs: int, pause: float, batches: int) -> None:
@@ -75,26 +76,30 @@ def job(directory: str, *, epochs: int, pause: float, batches: int) -> None:
     state = {"model": model, "optimizer": optimizer}
     ticks = (where / f"{Path(directory).name}.ticks").open("a", buffering=1)
     with ticks, Run(directory, state=state, snapshots=policy, progress=False, on_divergence=settings) as run:
-        for _ in run.epochs(epochs):
-            model.train()
-            for inputs, labels in run.batches(loader):
-                print(time.time(), os.getpid(), run.epoch, run.batch, file=ticks)
-                if hangs("busy"):
-                    while True:
-                        pass
-                if hangs("lock"):
-                    import threading
+        try:
+            for _ in run.epochs(epochs):
+                model.train()
+                for inputs, labels in run.batches(loader):
+                    print(time.time(), os.getpid(), run.epoch, run.batch, file=ticks)
+                    if hangs("busy"):
+                        while True:
+                            pass
+                    if hangs("lock"):
+                        import threading
 
-                    lock = threading.Lock()
-                    lock.acquire()
-                    lock.acquire()
-                loss = nn.functional.binary_cross_entropy_with_logits(model(inputs), labels)
-                optimizer.zero_grad()
-                loss.backward()
-                optimizer.step()
-                run.log(loss=loss)
-                time.sleep(pause)
-            run.log_epoch(weight=model[0].weight.sum())
+                        lock = threading.Lock()
+                        lock.acquire()
+                        lock.acquire()
+                    loss = nn.functional.binary_cross_entropy_with_logits(model(inputs), labels)
+                    optimizer.zero_grad()
+                    loss.backward()
+                    optimizer.step()
+                    run.log(loss=loss)
+                    time.sleep(pause)
+                run.log_epoch(weight=model[0].weight.sum())
+        finally:
+            # The last batch ends here: it may have waited for the next one, and been saved.
+            print(time.time(), os.getpid(), *LEFT, file=ticks)
 
 
 def start(directory: Path, args: argparse.Namespace, *, supervised: bool) -> subprocess.Popen[bytes]:
@@ -140,13 +145,14 @@ def trained(directory: Path) -> int:
 def seconds_forward(ticks: Path, skips: set[tuple[int, int]]) -> float:
     """By a clock of the job's own: how long the executions of batches took that counted in the end.
 
-    Each batch is counted once, by its last execution, from its begin to that of the next in the same process.
+    Each batch is counted once, by its last execution, from its begin to that of the next in the same process, or to
+    where that leaves its loop.
     """
     rows = [line.split() for line in ticks.read_text().splitlines() if len(line.split()) == 4]
     last: dict[tuple[int, int], float] = {}
     for (begun, pid, epoch, batch), (ended, next_pid, *_) in itertools.pairwise(rows):
         last[int(epoch), int(batch)] = float(ended) - float(begun) if pid == next_pid else 0.0
-    return sum(seconds for place, seconds in last.items() if place not in skips)
+    return sum(seconds for place, seconds in last.items() if place not in {*skips, LEFT})
 
 
 class Campaign:
