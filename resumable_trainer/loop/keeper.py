@@ -5,6 +5,7 @@ It owns the run's lock (in its state manager), its rows and its place. Which sta
 
 from __future__ import annotations
 
+import contextlib
 import time
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -13,6 +14,7 @@ from resumable_trainer.durable import filesystem
 from resumable_trainer.loop import identity, launch, opening, screen
 from resumable_trainer.loop.cursor import Cursor
 from resumable_trainer.loop.dependence import Dependence
+from resumable_trainer.loop.lean import LeanOptimizers
 from resumable_trainer.loop.notices import notices
 from resumable_trainer.loop.record import Record
 from resumable_trainer.loop.saver import Saver
@@ -62,6 +64,7 @@ class Keeper:
         self.epoch_generators: Any = None
         self._generators_after_epoch: Any = None  # as captured then, until code of the user's runs again
         self._generators_of_last_epoch: Any = None  # as captured then, for as long as it is
+        self._on_optimizers = contextlib.ExitStack()  # takes from them what is put on them while the run is open
         self._saved_last = ""  # name of the snapshot that was taken last; it may still be on its way
         self.manager: StateManager
         self.record: Record
@@ -92,6 +95,7 @@ class Keeper:
             self.manager.open()
             self._open(says_how_it_steps)
         except BaseException:
+            self._on_optimizers.close()
             self.manager.close()
             raise
 
@@ -108,6 +112,9 @@ class Keeper:
                 on_divergence=settings.on_divergence,
             )
         self.watch = StepWatch(settings.state)
+        self._on_optimizers.callback(self.watch.close)
+        if settings.probe is None:
+            self._on_optimizers.callback(LeanOptimizers(settings.state, self.watch).close)
         manager.watch_gradients(self.watch)
         self.heart = opening.heartbeat(manager)
         self.heart.loading("restoring")
@@ -317,7 +324,7 @@ class Keeper:
             SnapshotWriteError: The snapshot in flight could not be made durable.
         """
         self.shelf.close()
-        self.watch.close()
+        self._on_optimizers.close()
         try:
             self.manager.close()
         finally:

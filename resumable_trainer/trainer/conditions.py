@@ -10,6 +10,7 @@ import torch
 from torch import nn
 from torch.nn.parameter import is_lazy
 
+from resumable_trainer.loop.lean import has_step_of_its_own
 from resumable_trainer.state.modes import StepWatch
 from resumable_trainer.trainer import artefacts, updates
 
@@ -79,7 +80,7 @@ def _of_optimizer(optimizer: torch.optim.Optimizer) -> Iterator[str]:
         names = ", ".join(known.__name__ for known in updates.OPTIMIZERS)
         yield f"the optimizer is {kind.__name__}: compiled steps know {names}"
         return
-    if "step" in vars(optimizer) and not getattr(optimizer.step, "_wrapped_by_lr_sched", False):
+    if has_step_of_its_own(optimizer):
         yield "the optimizer's step is the script's own"
     post_hooks = [hook for hook in optimizer._optimizer_step_post_hooks.values() if not _is_ours(hook)]
     if post_hooks or optimizer._optimizer_step_pre_hooks or _has_global_optimizer_hooks():
