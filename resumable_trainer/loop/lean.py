@@ -3,10 +3,10 @@
 Why: `Optimizer.step` and `zero_grad` open a range for profilers and look for hooks, each time, whether or not there are
 any. On a small model that is a sixth of a training step, and more than all that a run adds.
 
-Policy: what computes is torch's own function, called with the same arguments, so the bits are the same. It is called by
-itself only while nobody is there who could tell the difference: no profiler, no hook but the run's own, no compiler.
-Else what was there before is called. An optimizer whose `step` is anything but torch's wrapper around that of its class
-is left alone. On closing, each gets back what it had. Nothing of this is pickled or copied with an optimizer.
+Policy: what computes is torch's own function, called with the same arguments, so the bits are the same. It is called
+by itself only while nobody is there who could tell the difference: no profiler, and no hook but the run's own. Else
+what was there before is called. An optimizer whose `step` is anything but torch's wrapper around that of its class is
+left alone. On closing, each gets back what it had. Nothing of this is pickled or copied with an optimizer.
 """
 
 from __future__ import annotations
@@ -16,7 +16,6 @@ from functools import wraps
 from types import FunctionType, MethodType
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch.optim import Optimizer
 
 if TYPE_CHECKING:
@@ -118,9 +117,7 @@ class LeanOptimizers:
 
     def _is_watched(self) -> bool:
         """Whether somebody could tell the difference."""
-        return bool(
-            not self._is_open or is_profiled() or global_pre_hooks or global_post_hooks or torch.compiler.is_compiling()
-        )
+        return bool(not self._is_open or is_profiled() or global_pre_hooks or global_post_hooks)
 
 
 def has_step_of_its_own(optimizer: Optimizer) -> bool:

@@ -15,6 +15,7 @@ import torch
 from resumable_trainer.errors import SettingsError
 from resumable_trainer.loop.run import Run
 from resumable_trainer.loop.scalars import read_all, take
+from resumable_trainer.trainer.backward import Backward
 
 if TYPE_CHECKING:
     import os
@@ -114,6 +115,7 @@ class Trainer:
             strict=strict,
             on_divergence=on_divergence,
         )
+        self._backward = Backward(model)
         self._compiled = self._steps() if compile else None
 
     def _steps(self) -> CompiledSteps:
@@ -155,6 +157,7 @@ class Trainer:
             The history of the whole run, earlier launches included.
         """
         with self._run as run:
+            self._backward = Backward(self._model)  # which may have been compiled since
             if self._compiled is not None:
                 self._compiled.begin_run()
             for _ in run.epochs(epochs):
@@ -192,7 +195,7 @@ class Trainer:
         inputs, targets = self._moved(inputs), self._moved(targets)
         outputs = self._model(inputs)
         loss = self._loss_fn(outputs, targets)
-        (loss if self._accumulate == 1 else loss / self._accumulate).backward()  # type: ignore[no-untyped-call]
+        self._backward(loss if self._accumulate == 1 else loss / self._accumulate)
         if step:
             self._step()
         if not self._metrics:

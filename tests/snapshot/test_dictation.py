@@ -290,6 +290,29 @@ def test_one_that_has_gone_is_found_out_when_it_is_asked(dictating: tuple[StateM
         writing.answer()
 
 
+def test_one_that_does_not_answer_or_answers_something_else_is_not_asked_again(
+    dictating: tuple[StateManager, torch.nn.Module], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    manager, _ = dictating
+    monkeypatch.setattr(scribe, "_TIMEOUT_SECONDS", 0.05)
+    writing = manager._saving._dictation._scribe
+    assert writing is not None
+    with pytest.raises(scribe.ScribeError, match="no answer: timed out"):
+        writing.answer()
+    writing._received = b"something else\n"
+    with pytest.raises(scribe.ScribeError, match="no answer: not enough values"):
+        writing.answer()
+    process = process_of(manager)
+    process.send_signal(signal.SIGSTOP)
+    pending = save(manager, 2)
+    assert isinstance(pending, OrderedSnapshot)
+    monkeypatch.setattr(scribe, "_END_SECONDS", 0.1)
+    pending.wait()
+    manager.store.verify("step-000000002")
+    assert process.returncode == -signal.SIGKILL
+    assert [row["reason"] for row in events(manager, "scribe_ended")] == ["no answer: timed out"]
+
+
 def test_one_that_hangs_is_killed_at_the_end(
     dictating: tuple[StateManager, torch.nn.Module], monkeypatch: pytest.MonkeyPatch
 ) -> None:
