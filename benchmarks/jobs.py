@@ -124,6 +124,25 @@ def hand_written(
     return model
 
 
+def unwrapped(job: Job, *, epochs: int, laps: Callable[[], object] = int) -> nn.Module:
+    """The hand-written loop without what torch wraps around steps and gradients: no eager loop can do with less."""
+    model, (features, labels) = job.model(), job.data()
+    optimizer = adam(model)
+    parameters = list(model.parameters())
+    ask = torch.autograd.Variable._execution_engine.run_backward
+    update = type(optimizer).step.__wrapped__  # type: ignore[attr-defined]
+    for _ in range(epochs):
+        laps()
+        for rows in torch.split(torch.randperm(job.num_rows).to(job.device), job.batch_size):
+            inputs, targets = features.index_select(0, rows), labels.index_select(0, rows)
+            for parameter in parameters:
+                parameter.grad = None
+            loss = LOSS(model(inputs), targets)
+            ask((loss,), (torch.ones_like(loss),), False, False, (), allow_unreachable=True, accumulate_grad=True)
+            update(optimizer)
+    return model
+
+
 def with_loader(job: Job, *, epochs: int, laps: Callable[[], object] = int) -> nn.Module:
     """The loop as most people write it; no features."""
     model = job.model()
@@ -291,7 +310,7 @@ def arm(
 
     Args:
         laps: Called at the beginning of each epoch.
-        kind: "hand-written", "DataLoader", "own loop", "own loop, no snapshots", "Trainer" or "compiled".
+        kind: "hand-written", "unwrapped", "DataLoader", "own loop", "own loop, no snapshots", "Trainer" or "compiled".
         job: Name of the job.
         epochs: In a turn.
         directory: For what it saves.
@@ -302,6 +321,8 @@ def arm(
     what = job_of(job, batch_size, device)
     if kind == "hand-written":
         hand_written(what, epochs=FOREVER, laps=laps)
+    elif kind == "unwrapped":
+        unwrapped(what, epochs=FOREVER, laps=laps)
     elif kind == "DataLoader":
         with_loader(what, epochs=FOREVER, laps=laps)
     elif kind == "own loop":

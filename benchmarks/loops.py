@@ -20,19 +20,21 @@ if TYPE_CHECKING:
 
 _THREADS = 1
 _BARE = "hand-written, no features"
+_LEAST = "hand-written, without what torch wraps around its steps"
 _CLASSIC = "classic job, time per epoch"
 _PEER_GOALS = {"DataLoader": 1.2, "Ignite": 1.3, "Accelerate": 1.6, "HF Trainer": 2.2, "Lightning": 4.0}
 _OURS = {"compiled": "Trainer(compile=True)"}
 _STEP_SECONDS = 0.005
+_CLASSIC_EPOCHS = 20  # of a turn, which then takes half a second: a training that has just been woken is on any core
 
 
 def classic(bench: Bench) -> Iterator[Row]:
     """The classic job against the bare loop, with a DataLoader, and in peers' loops; and what its snapshots take."""
     missing = {name: reason for name in peers.PEERS if (reason := peers.why_not(name))}
-    kinds = ["hand-written", "own loop", "Trainer", "own loop, no snapshots", "DataLoader"]
+    kinds = ["hand-written", "own loop", "Trainer", "own loop, no snapshots", "DataLoader", "unwrapped"]
     kinds += ["compiled"] if jobs.can_compile() else []
     here = [*kinds, *(name for name in peers.PEERS if name not in missing)]
-    measured, failed = _epochs(bench, "classic", here, epochs=5, rounds=bench.pick(21, 5))
+    measured, failed = _epochs(bench, "classic", here, epochs=_CLASSIC_EPOCHS, rounds=bench.pick(21, 5))
     failed |= missing
     if not jobs.can_compile():
         failed["compiled"] = "not built yet: Trainer has no compile="
@@ -50,7 +52,7 @@ def classic(bench: Bench) -> Iterator[Row]:
 def wide(bench: Bench) -> Iterator[Row]:
     """60k x 64 floats, batch 256: what gathering whole batches is worth, with about 50,000 parameters and with 900."""
     for job in (jobs.WIDE, jobs.WIDE_SMALL):
-        kinds = ["own loop", "hand-written", "DataLoader"]
+        kinds = ["own loop", "hand-written", "DataLoader", "unwrapped"]
         measured, failed = _epochs(bench, job.name, kinds, epochs=1, rounds=bench.pick(11, 3))
         network = "-".join(map(str, job.widths))
         what = f"own loop: 60k x 64 floats, batch 256 ({network}), time per epoch"
@@ -93,7 +95,7 @@ def _row(
     names = {"hand-written": _BARE, "DataLoader": "hand-written + DataLoader"}
     comparison: Comparison = "times faster" if goal is not None and goal.at_least else "ratio"
     # Who runs the step eagerly cannot be faster than the loop that does nothing else.
-    is_bound = theirs != "hand-written" and ours != "compiled" and "hand-written" in measured
+    is_bound = ours != "compiled" and "unwrapped" in measured
     for name in (ours, theirs):
         if name in failed:
             reason = f"{names.get(name, name)}: {failed[name]}"
@@ -105,7 +107,7 @@ def _row(
         Side(names.get(theirs, theirs), measured[theirs], durability="nothing saved"),
         comparison=comparison,
         goal=goal,
-        bound=Side(_BARE, measured["hand-written"]) if is_bound else None,
+        bound=Side(_LEAST, measured["unwrapped"]) if is_bound else None,
     )
 
 
