@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import json
 from functools import lru_cache
+from itertools import chain
 from math import isfinite
+from operator import add
 from typing import TYPE_CHECKING
 
 from resumable_trainer.durable.journal import encode_row
@@ -61,11 +63,9 @@ class StepRows:
         numbers, width = self.values, len(self.names)
         try:
             if all(map(isfinite, numbers)):
-                cells: list[PendingScalar] = []
-                for number, position in enumerate(self.positions):
-                    cells += position
-                    cells += numbers[number * width : (number + 1) * width]
-                return (_template(self.names) * len(self) % tuple(cells)).encode()
+                rows = zip(*[iter(numbers)] * width, strict=True)
+                cells = tuple(chain.from_iterable(map(add, self.positions, rows)))
+                return (_template(self.names) * len(self) % cells).encode()
         except (UnicodeEncodeError, OverflowError):  # half a surrogate pair in a name; an int that is no float
             pass
         return b"".join(
