@@ -6,12 +6,14 @@ A stall is the time taken from the training thread. Every group runs in a proces
 from __future__ import annotations
 
 import os
+import random
 import shutil
 import threading
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -123,6 +125,7 @@ def small(bench: Bench) -> Iterator[Row]:
         Side("the call", m["stall"], durability=_VERIFIED),
         Side("its epoch", m["epoch"]),
         goal=Goal(0.02),
+        bound=Side("`state_dict()` of both, the generators, and a copy of the tensors", m["least"]),
     )
 
 
@@ -133,16 +136,29 @@ def measure_small(laps: Laps, *, epochs: int, directory: str) -> None:
     optimizer = jobs.adam(model)
     own = Own(Path(directory), {"model": model, "optimizer": optimizer}, keep=False)
 
-    def epoch() -> Mapping[str, float]:
+    def train() -> float:
         started = time.perf_counter()
         for rows in torch.split(torch.randperm(job.num_rows), job.batch_size):
             jobs.step(model, optimizer, features.index_select(0, rows), labels.index_select(0, rows))
         optimizer.zero_grad()
-        trained = time.perf_counter()
-        own.begin()
-        return {"epoch": trained - started, "stall": time.perf_counter() - trained}
+        return time.perf_counter() - started
 
-    laps.turn(alternately([epoch], rounds=epochs, warmup=10))
+    def take() -> None:
+        kept.append([tensor.clone() for tensor in model.state_dict().values()])
+        kept.append([value.clone() for each in optimizer.state_dict()["state"].values() for value in each.values()])
+        kept.append([random.getstate(), np.random.get_state(), torch.get_rng_state()])
+
+    def epoch() -> Mapping[str, float]:
+        return {"epoch": train(), "stall": timed(own.begin)}
+
+    def least() -> Mapping[str, float]:
+        train()
+        own.manager.wait()
+        kept.clear()
+        return {"least": timed(take)}
+
+    kept: list[Any] = []
+    laps.turn(alternately([epoch, least], rounds=epochs, warmup=10))
 
 
 # -- interference ---------------------------------------------------------------------------------------
