@@ -18,6 +18,8 @@ from typing import TYPE_CHECKING, Any
 
 from torch.optim import Optimizer
 
+from resumable_trainer.state.modes import heard
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
@@ -46,9 +48,8 @@ class LeanOptimizers:
     def __init__(self, state: Mapping[str, object], watch: StepWatch) -> None:
         self._is_open = True
         self._undo = contextlib.ExitStack()
-        for part in state.values():
-            if isinstance(part, Optimizer) and _is_known:
-                self._make_lean(part, watch)
+        for optimizer in heard(state) if _is_known else ():
+            self._make_lean(optimizer, watch)
 
     def close(self) -> None:
         """Give each optimizer back what it had, unless somebody has put something else there since."""

@@ -25,6 +25,24 @@ if TYPE_CHECKING:
 
     from resumable_trainer.state.walk import Walked
 
+_MOST_WRAPPERS = 8  # around one another
+
+
+def heard(state: Mapping[str, object]) -> list[Optimizer]:
+    """The optimizers among some parts that tell of their steps; one that merely wraps another stands for that.
+
+    Accelerate's has hooks of its own only in name: it is an `Optimizer` that was never initialised as one.
+    """
+    found = []
+    for part in state.values():
+        for _ in range(_MOST_WRAPPERS):
+            if not isinstance(part, Optimizer) or hasattr(part, "_optimizer_step_post_hooks"):
+                break
+            part = getattr(part, "optimizer", None)
+        if isinstance(part, Optimizer) and hasattr(part, "_optimizer_step_post_hooks"):
+            found.append(part)
+    return found
+
 
 class StepWatch:
     """Knows which optimizers have stepped since the batch under way began.
@@ -37,7 +55,7 @@ class StepWatch:
 
     def __init__(self, state: Mapping[str, object]) -> None:
         self.stepped: set[int] = set()
-        self._optimizers = [part for part in state.values() if isinstance(part, Optimizer)]
+        self._optimizers = heard(state)
         self._handles = [o.register_step_post_hook(self._note) for o in self._optimizers]
 
     def _note(self, optimizer: Optimizer, _args: Any, _kwargs: Any) -> None:

@@ -25,13 +25,15 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
-from torch.optim import Optimizer
 
 from resumable_trainer.errors import UsageError
 from resumable_trainer.state.compare import same_bytes
+from resumable_trainer.state.modes import heard
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+
+    from torch.optim import Optimizer
 
 Place = tuple[str, str]
 _SAMPLES = 64
@@ -108,8 +110,7 @@ class Fence:
 
     def __init__(self, state: Mapping[str, object], wait: Callable[[], None]) -> None:
         self._wait = wait
-        optimizers = [part for part in state.values() if isinstance(part, Optimizer)]
-        self._handles = [optimizer.register_step_pre_hook(self._before_step) for optimizer in optimizers]
+        self._handles = [optimizer.register_step_pre_hook(self._before_step) for optimizer in heard(state)]
 
     def _before_step(self, _optimizer: Optimizer, _args: Any, _kwargs: Any) -> None:
         self._wait()
@@ -131,8 +132,7 @@ def changed_by_steps_alone(
         others: Places of tensors that something else than a module or an optimizer holds, too.
     """
     modules = [part for part in state.values() if isinstance(part, nn.Module)]
-    optimizers = [part for part in state.values() if isinstance(part, Optimizer)]
-    stepped = {_memory(tensor) for optimizer in optimizers for tensor in _stepped(optimizer)}
+    stepped = {_memory(tensor) for optimizer in heard(state) for tensor in _stepped(optimizer)}
     touched = {_memory(buffer) for module in modules for buffer in module.buffers()}
     touched |= {_memory(p.grad) for module in modules for p in module.parameters() if p.grad is not None}
     touched |= {_memory(tensors[file][name]) for file, name in others}
