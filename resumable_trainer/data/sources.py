@@ -101,8 +101,8 @@ def source_of(
 
 
 def _batched(data: Any, *, seed: int, salt: str) -> Source:
-    if is_stateful(data):
-        return StatefulSource(data, seed=seed, salt=salt)
+    if is_stateful(data) and is_stateful(getattr(data, "base_dataloader", data)):
+        return StatefulSource(data, seed=seed, salt=salt)  # Accelerate's is in name alone unless what it wraps is, too
     if isinstance(data, DataLoader) and type(data).__iter__ is DataLoader.__iter__:
         return _of_loader(data, seed=seed, salt=salt)
     if hasattr(data, "__len__") and hasattr(data, "__getitem__") and not isinstance(data, DataLoader):

@@ -259,3 +259,45 @@ def test_banners_and_fingerprints_are_plain():
     assert source_of(DrawingIterable(), seed=0).describe() == "DrawingIterable"
     assert source_of(range(7), seed=0).fingerprint() == {"kind": "range", "batches": 7}
     assert source_of(DrawingIterable(), seed=0).fingerprint() == {"kind": "DrawingIterable"}
+
+
+class Adapter:
+    """As Accelerate wraps a DataLoader: it has `state_dict` whatever it wraps, and a class that is not its own."""
+
+    def __init__(self, loader):
+        self.base_dataloader = loader
+
+    @property
+    def __class__(self):
+        return self.base_dataloader.__class__
+
+    def __iter__(self):
+        yield from self.base_dataloader
+
+    def state_dict(self):
+        return self.base_dataloader.state_dict()
+
+    def load_state_dict(self, state_dict):
+        self.base_dataloader.load_state_dict(state_dict)
+
+
+def test_a_wrapped_loader_that_has_a_state_in_name_alone_is_read_again_to_its_place():
+    def source():
+        return source_of(Adapter(DataLoader(TensorDataset(X), batch_size=3, shuffle=True)), seed=3)
+
+    assert type(source()) is IterableSource
+    whole = [batch[0].tolist() for batch in source().batches(epoch=1)]
+    assert sorted(itertools.chain.from_iterable(whole)) == X.tolist()
+    assert [batch[0].tolist() for batch in source().batches(epoch=1, start=2)] == whole[2:]
+
+    class Stateful:
+        def __iter__(self):
+            return iter([1, 2])
+
+        def state_dict(self):
+            return {"place": 0}
+
+        def load_state_dict(self, state):
+            pass
+
+    assert type(source_of(Adapter(Stateful()), seed=3)) is StatefulSource
