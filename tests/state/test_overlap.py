@@ -28,7 +28,13 @@ class Late:
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.num_waited_for = 0
         self._held_back: dict[int, tuple[Copying, threading.Event]] = {}
-        wait, run, wait_for_snapshot = Copying.wait, Copying._run, PendingSnapshot.wait
+        begin, wait, run, wait_for_snapshot = Copying.__init__, Copying.wait, Copying._run, PendingSnapshot.wait
+
+        def known_from_the_beginning(copying: Copying, *args: Any) -> None:
+            self._event(
+                copying
+            )  # before its thread is there: whoever waits for the snapshot lets all go that are known
+            begin(copying, *args)
 
         def late_run(copying: Copying) -> None:
             assert self._event(copying).wait(60)
@@ -45,6 +51,7 @@ class Late:
                 event.set()
             wait_for_snapshot(pending)
 
+        monkeypatch.setattr(Copying, "__init__", known_from_the_beginning)
         monkeypatch.setattr(Copying, "_run", late_run)
         monkeypatch.setattr(Copying, "wait", late_wait)
         monkeypatch.setattr(PendingSnapshot, "wait", late_wait_for_snapshot)
