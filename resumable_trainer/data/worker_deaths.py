@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 P = ParamSpec("P")
 T = TypeVar("T")
 
+# Without the wrapping that makes an enumeration of it; several calls of each snapshot come by here.
+_handler_of: Callable[[int], object] = getattr(signal.getsignal, "__wrapped__", signal.getsignal)
 _arrived: list[tuple[int, FrameType | None]] = []
 
 
@@ -35,7 +37,7 @@ def told_afterwards(function: Callable[P, T]) -> Callable[P, T]:
 
     @wraps(function)
     def whole(*args: P.args, **kwargs: P.kwargs) -> T:
-        before = signal.getsignal(signal.SIGCHLD)
+        before = _handler_of(signal.SIGCHLD)
         if not callable(before) or before is _postpone or threading.get_ident() != threading.main_thread().ident:
             return function(*args, **kwargs)
         signal.signal(signal.SIGCHLD, _postpone)

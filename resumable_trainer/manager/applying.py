@@ -54,7 +54,7 @@ class Applying:
         assert found.manifest is not None
         path = self._run.store.path(found.manifest.name)
         with (
-            filling.without_collections(),
+            filling.WithoutCollections(),
             OpenSnapshot(path, found.manifest, is_verified=found.is_verified) as snapshot,
         ):
             with usable(self._run.directory):

@@ -57,7 +57,7 @@ class Capturing:
             sections: Trees beside the parts.
             watch: Says whose gradients an optimizer step has used; without one all are saved.
         """
-        with filling.without_collections():
+        with filling.WithoutCollections():
             trees = self._trees(watch.used_gradients() if watch is not None else set())
             trees.update(sections)
             if "generators" not in trees:

@@ -12,7 +12,6 @@ tensors that were filled.
 from __future__ import annotations
 
 import gc
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
@@ -25,7 +24,7 @@ from torch.optim import Optimizer
 from resumable_trainer.state.compare import differences
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+    from collections.abc import Callable, Iterable, Mapping, Sequence
 
 _MODULE_METHODS = (
     "state_dict",
@@ -109,15 +108,15 @@ class Filling:
         return self.finish()
 
 
-@contextmanager
-def without_collections() -> Iterator[None]:
+class WithoutCollections:
     """Let the garbage collector rest: among ten thousand new tensors it takes longer than all else, for nothing."""
-    was_on = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if was_on:
+
+    def __enter__(self) -> None:
+        self._was_on = gc.isenabled()
+        gc.disable()
+
+    def __exit__(self, *_: object) -> None:
+        if self._was_on:
             gc.enable()
 
 
