@@ -42,8 +42,9 @@ class Accounting:
         """Pass an event on, and note what all come to if it is time."""
         if self._tell is not None:
             self._tell(directory, event)
-        limit = EVERY_BYTES if event["event"] == "committed" else AT_END_BYTES if event["event"] in _LAST else None
-        if limit == EVERY_BYTES and self._to_pass > 0:
+        kind = event["event"]
+        limit = EVERY_BYTES if kind == "committed" else AT_END_BYTES if kind in _LAST else None
+        if kind == "committed" and self._to_pass > 0:
             self._to_pass -= 1
         elif limit is not None and self._is_possible:
             try:

@@ -115,7 +115,7 @@ class Trainer:
             strict=strict,
             on_divergence=on_divergence,
         )
-        self._backward = Backward(model)
+        self._backward: Backward  # made by `fit`: until then the model may be compiled
         self._compiled = self._steps() if compile else None
 
     def _steps(self) -> CompiledSteps:
@@ -157,7 +157,7 @@ class Trainer:
             The history of the whole run, earlier launches included.
         """
         with self._run as run:
-            self._backward = Backward(self._model)  # which may have been compiled since
+            self._backward = Backward(self._model)
             if self._compiled is not None:
                 self._compiled.begin_run()
             for _ in run.epochs(epochs):
