@@ -1,7 +1,8 @@
 """Random generators: captured without drawing, restored last.
 
 Covers the global generators of Python, NumPy (legacy), torch on CPU and every accelerator that has
-been initialised, and generators handed over as parts. Cost: about 15 us.
+been initialised, and generators handed over as parts. Cost: 3 us when called over and over, some 60 us
+between two steps of a training, whose code and data have taken the caches.
 """
 
 from __future__ import annotations

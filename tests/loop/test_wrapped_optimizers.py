@@ -21,64 +21,44 @@ DATA = torch.linspace(-1, 1, 96).reshape(24, 4)
 class Wrapping(torch.optim.Optimizer):
     """Like `accelerate.optimizer.AcceleratedOptimizer`."""
 
+    name = "optimizer"
+
     def __init__(self, optimizer: Any) -> None:
-        self.optimizer = optimizer
+        vars(self)[self.name] = optimizer
+
+    @property
+    def _within(self) -> Any:
+        return vars(self)[self.name]
 
     @property
     def state(self) -> Any:
-        return self.optimizer.state
+        return self._within.state
 
     @property
     def param_groups(self) -> Any:
-        return self.optimizer.param_groups
+        return self._within.param_groups
 
     @property
     def defaults(self) -> Any:
-        return self.optimizer.defaults
+        return self._within.defaults
 
     def state_dict(self) -> Any:
-        return self.optimizer.state_dict()
+        return self._within.state_dict()
 
     def load_state_dict(self, state_dict: Any) -> None:
-        self.optimizer.load_state_dict(state_dict)
+        self._within.load_state_dict(state_dict)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        self.optimizer.zero_grad(set_to_none)
+        self._within.zero_grad(set_to_none)
 
     def step(self, closure: Any = None) -> None:
-        self.optimizer.step(closure)
+        self._within.step(closure)
 
 
 class Alone(Wrapping):
     """Keeps what it wraps under a name that nobody knows."""
 
-    def __init__(self, optimizer: Any) -> None:
-        self._hidden = optimizer
-
-    @property
-    def optimizer(self) -> Any:  # type: ignore[override]
-        raise AttributeError("optimizer")
-
-    def __getattr__(self, name: str) -> Any:
-        if name.startswith("_"):
-            raise AttributeError(name)
-        return getattr(self._hidden, name)
-
-    state = property(lambda self: self._hidden.state)
-    param_groups = property(lambda self: self._hidden.param_groups)
-    defaults = property(lambda self: self._hidden.defaults)
-
-    def state_dict(self) -> Any:
-        return self._hidden.state_dict()
-
-    def load_state_dict(self, state_dict: Any) -> None:
-        self._hidden.load_state_dict(state_dict)
-
-    def zero_grad(self, set_to_none: bool = True) -> None:
-        self._hidden.zero_grad(set_to_none)
-
-    def step(self, closure: Any = None) -> None:
-        self._hidden.step(closure)
+    name = "hidden"
 
 
 class Left(Exception):
@@ -129,7 +109,7 @@ def test_its_steps_are_heard_where_they_can_be() -> None:
     assert watch.used_gradients() == {id(parameter)}
     assert heard({"alone": Alone(inner)}) == []
     endless = Wrapping(None)
-    endless.optimizer = endless
+    vars(endless)["optimizer"] = endless
     assert heard({"endless": endless}) == []
 
 
