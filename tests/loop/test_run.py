@@ -557,3 +557,33 @@ def test_retention_keeps_the_last_the_best_and_every_nth(tmp_path: Path) -> None
     )
     epochs = [int(name[-6:]) for name in Store(tmp_path / "run").names()]
     assert epochs == [3, 4, 8, 9]
+
+
+def test_a_snapshot_within_an_epoch_that_draws_nothing_is_spelled_the_same_after_a_resume(tmp_path: Path) -> None:
+    """Its generators are those of the epoch's beginning: two objects with a resume, and so without one, too."""
+
+    def train(directory: Path, *, leave_at: int) -> None:
+        torch.manual_seed(0)
+        model = torch.nn.Linear(3, 1)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        policy = SnapshotPolicy(every_steps=2, keep_last=99, background=False)
+        with Run(directory, state={"model": model, "optimizer": optimizer}, progress=False, snapshots=policy) as run:
+            for _ in run.epochs(3):
+                for inputs in run.batches(torch.linspace(-1, 1, 36).reshape(12, 3), batch_size=3):
+                    optimizer.zero_grad()
+                    model(inputs).square().sum().backward()
+                    optimizer.step()
+                    if run.step == leave_at:
+                        raise Killed
+
+    def spelled(directory: Path) -> dict[str, bytes]:
+        found = [path for path in (directory / "snapshots").glob("*/*") if path.name != "manifest.json"]
+        return {f"{path.parent.name}/{path.name}": path.read_bytes() for path in found}
+
+    train(tmp_path / "whole", leave_at=-1)
+    for left_at in (5, 7):
+        with pytest.raises(Killed):
+            train(tmp_path / "left", leave_at=left_at)
+    train(tmp_path / "left", leave_at=-1)
+    assert len(spelled(tmp_path / "whole")) > 20
+    assert spelled(tmp_path / "whole") == spelled(tmp_path / "left")
