@@ -273,7 +273,7 @@ class Keeper:
 
     def _copied(self, captured: Flat) -> Flat:
         staged = self.manager.stage(captured)
-        self.manager.settle()  # evaluation may change what it likes
+        self.manager.let_go()  # evaluation may change what it likes
         return staged
 
     def _facts(self, *, epoch_complete: bool, stall_seconds: float = 0.0) -> Facts:

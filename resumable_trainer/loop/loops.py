@@ -360,7 +360,7 @@ class Loops:
         """The loop is over, at its data's end or by `break`."""
         loop.over = True
         self._loop = None
-        self._keeper.manager.settle()  # evaluation may put other weights in, if only for a while
+        self._keeper.manager.let_go()  # evaluation may put other weights in, if only for a while
         self._screen.end_batches(loop.done)
         self._evaluation.batches_end()
 

@@ -42,7 +42,7 @@ class Capturing:
 
     def overlap(self) -> None:
         """From now on copy while training goes on, what is not changed before the next step of an optimizer."""
-        self._fence = Fence(self._state, self.settle)
+        self._fence = Fence(self._state, self.let_go)
 
     def close(self) -> None:
         """Call nothing any more when an optimizer steps."""
@@ -76,17 +76,26 @@ class Capturing:
         tensors = self._arena.stage(captured.tensors, structure=captured.structure, later=later)
         return Flat(captured.values, tensors, captured.structure)
 
+    def let_go(self) -> None:
+        """Block until training may change the state that was staged last.
+
+        Raises:
+            UsageError: It was changed meanwhile by something else than an optimizer's step.
+        """
+        self._arena.let_go()
+
     def settle(self) -> None:
         """Block until the state that was staged last is copied.
 
         Raises:
+            SnapshotWriteError: It could not be copied from a device.
             UsageError: It was changed meanwhile by something else than an optimizer's step.
         """
         self._arena.settle()
 
     def arrival(self) -> Callable[[], object] | None:
-        """Blocks the thread that writes until what was staged last is there; None if nothing is ever waited for."""
-        return None if self._fence is None else self._arena.ready()
+        """Blocks the thread that writes until what was staged last is there; None if it is."""
+        return self._arena.ready()
 
     def changed_by_steps_alone(self, captured: Flat) -> set[tuple[str, str]]:
         """Files and names of tensors that may be copied until the next step of an optimizer."""

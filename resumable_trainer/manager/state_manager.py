@@ -179,7 +179,8 @@ class StateManager(HeldRun):
         """A copy of a captured state that later training cannot change; blocks for one memory copy.
 
         It lies in memory that is used again: good until the next call, which first waits for the snapshot in flight.
-        With overlapped staging it is there when the next step of an optimizer begins, and no sooner.
+        With overlapped staging it is there when the next step of an optimizer begins, and no sooner. What is on CUDA
+        devices is copied there, as their current streams have it, and is there after `settle`; `write` waits by itself.
 
         Raises:
             SnapshotWriteError: The snapshot in flight could not be made durable.
@@ -187,10 +188,19 @@ class StateManager(HeldRun):
         self.wait()
         return self._capturing.stage(captured)
 
-    def settle(self) -> None:
-        """Block until the state that was staged last is copied; with the default staging it always is.
+    def let_go(self) -> None:
+        """Block until training may change what was staged last; with the default staging it always may.
 
         Raises:
+            UsageError: It was changed meanwhile by something else than an optimizer's step.
+        """
+        self._capturing.let_go()
+
+    def settle(self) -> None:
+        """Block until the state that was staged last is copied; from the CPU, with the default staging, it always is.
+
+        Raises:
+            SnapshotWriteError: It could not be copied from a device.
             UsageError: It was changed meanwhile by something else than an optimizer's step.
         """
         self._capturing.settle()

@@ -5,7 +5,8 @@ optimizer steps and BatchNorm buffers on the CPU included. Four published system
 of a later step than they said because `state_dict()` hands out live tensors.
 
 Cost: one memory copy of the state; the training thread waits for exactly this and no longer. An `Arena` is
-asked for memory once: fresh pages for each snapshot would cost more than the copy itself.
+asked for memory once: fresh pages for each snapshot would cost more than the copy itself. What is on CUDA devices is
+copied there, and arrives while training goes on: see `on_device`.
 """
 
 from __future__ import annotations
@@ -13,16 +14,22 @@ from __future__ import annotations
 import contextlib
 import mmap
 import os
+import warnings
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from itertools import chain
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
+from resumable_trainer.state.compare import same_bytes
+from resumable_trainer.state.on_device import AT_ONCE_BYTES, Carrier, Devices, Pin
 from resumable_trainer.state.overlap import Copying
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+
+    from resumable_trainer.state.on_device import Crossing, Cuda
 
 Named = dict[str, dict[str, torch.Tensor]]
 _ALIGNMENT = 64  # of the first tensor of a section; the others follow without gaps that their dtype does not ask for
@@ -39,20 +46,31 @@ def stage(tensors: Mapping[str, Mapping[str, torch.Tensor]]) -> Named:
     return {section: {name: _copy(tensor) for name, tensor in named.items()} for section, named in tensors.items()}
 
 
+_DEVICES = Devices()  # what was found out of them holds for the process
+
+
 class Arena:
     """Host memory into which one snapshot after the other is staged, the tensors of a section one behind the other.
 
     What `stage` gives is good until it is called again: the snapshot before must be on disk by then.
+
+    Args:
+        devices: Those whose tensors arrive while training goes on.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, devices: Devices = _DEVICES) -> None:
+        self._devices = devices
         self._memory = torch.empty(0, dtype=torch.uint8)
+        self._is_private = False  # no forked process shares its pages
+        self._pin: Pin | None = None
+        self._carrier: Carrier | None = None
         self._staged: Named = {}
         self._targets: list[torch.Tensor] = []
         self._rows: list[Rows] = []
         self._description: object = None
         self._structure: object = None
         self._copying: Copying | None = None  # the newest, under way or not
+        self._crossing: Crossing | None = None  # the newest that was not waited for at once
         self._is_awaited = True
 
     def stage(
@@ -62,28 +80,39 @@ class Arena:
         structure: object = None,
         later: Collection[tuple[str, str]] = (),
     ) -> Named:
-        """Contiguous CPU copies of all tensors, by section and name.
+        """Contiguous CPU copies of all tensors, by section and name; those from CUDA devices once `ready` has waited.
 
-        The very same dicts are given again as long as names, shapes and dtypes stay the same.
+        The very same dicts are given again as long as names, shapes, dtypes and devices stay the same.
 
         Args:
             tensors: By section and name.
-            structure: Stands for names, shapes and dtypes: where it is the very object of the last call they are
-                not compared.
+            structure: Stands for names, shapes, dtypes and devices: where it is the very object of the last call they
+                are not compared.
             later: Sections and names of tensors that may be copied after the return: they are there after `settle`.
+
+        Raises:
+            SnapshotWriteError: What was staged before is still on its way, and will not arrive.
         """
-        self.settle()
-        self._copying = None
+        self.settle()  # Invariant: no memory is filled again while anything is under way from it or into it
+        self._copying = self._crossing = None
         sources = [*chain.from_iterable(map(_tensors_of, tensors.values()))]
-        if structure is None or structure is not self._structure:
+        is_known = structure is not None and structure is self._structure
+        if not is_known:
             self._lay_out(tensors, sources)
-            self._structure = structure
-            self._rows = [] if structure is None else rows_of(sources, self._targets)
+            self._structure, self._rows = structure, []
+        others = self._set_out(sources)
+        targets, live = self._targets, sources
+        if others is not None:
+            targets, live = [targets[number] for number in others], [live[number] for number in others]
+        if not is_known and structure is not None:
+            self._rows = rows_of(live, targets)
         if not later:
-            copy_into(self._targets, sources, self._rows)
+            copy_into(targets, live, self._rows)
             return self._staged
         waits = [(section, name) in later for section, named in tensors.items() for name in named]
-        pairs = list(zip(waits, self._targets, sources, strict=True))
+        if others is not None:
+            waits = [waits[number] for number in others]
+        pairs = list(zip(waits, targets, live, strict=True))
         # At once before the thread begins: it would only make this slower.
         copy_into([target for wait, target, _ in pairs if not wait], [source for wait, _, source in pairs if not wait])
         self._copying = Copying(
@@ -92,35 +121,109 @@ class Arena:
         self._is_awaited = False
         return self._staged
 
-    def settle(self) -> None:
-        """Block until all that was staged is there, for the thread that trains.
+    def let_go(self) -> None:
+        """Block until training may change all that was staged, for the thread that trains.
+
+        What is on CUDA devices it may always change: the copy there comes first in the order of the device's work.
 
         Raises:
             UsageError: What was to be copied has been changed meanwhile. Said once.
         """
         if not self._is_awaited:
             self._is_awaited = True
-            self.ready()()
+            assert self._copying is not None
+            self._copying.wait()
 
-    def ready(self) -> Callable[[], object]:
-        """Blocks until what was staged last is there, for the thread that writes it; raises if it is no good."""
-        return self._copying.wait if self._copying is not None else int
+    def settle(self) -> None:
+        """Block until all that was staged is there, for the thread that trains.
+
+        Raises:
+            SnapshotWriteError: It could not be copied from a device.
+            UsageError: What was to be copied has been changed meanwhile. Said once.
+        """
+        self.let_go()
+        if self._crossing is not None:
+            self._crossing.wait()
+
+    def ready(self) -> Callable[[], object] | None:
+        """Blocks until what was staged last is there, for the thread that writes it; raises if it is no good.
+
+        None if it is there already.
+        """
+        waits = [each.wait for each in (self._copying, self._crossing) if each is not None]
+        return partial(_call_all, waits) if waits else None
+
+    def _set_out(self, sources: Sequence[torch.Tensor]) -> Sequence[int] | None:
+        """Let set out what comes from devices; numbers of the tensors that are left to the host, or None for all."""
+        if self._carrier is None or self._pin is None:
+            return None
+        crossing = self._carrier.begin(sources)
+        if crossing is None:
+            self._rows, self._structure = [], None
+            return None
+        self._pin.under_way[:] = [crossing]
+        if self._carrier.num_bytes <= AT_ONCE_BYTES:
+            crossing.wait()
+        else:
+            self._crossing = crossing
+        return self._carrier.others
 
     def _lay_out(self, tensors: Mapping[str, Mapping[str, torch.Tensor]], sources: Sequence[torch.Tensor]) -> None:
+        owners = self._devices.owners(sources, _is_sound)
         names = [(section, list(named)) for section, named in tensors.items()]
-        description = (names, [tensor.shape for tensor in sources], [tensor.dtype for tensor in sources])
+        shapes, dtypes = [tensor.shape for tensor in sources], [tensor.dtype for tensor in sources]
+        description = (names, shapes, dtypes, owners)
         if description == self._description:
             return
         # Whatever fails below must not leave old targets to be filled with other tensors.
         self._description, self._structure, self._staged, self._targets, self._rows = None, None, {}, [], []
+        self._carrier = None
         places, num_bytes = _places(tensors)
-        if not num_bytes <= self._memory.numel() <= 2 * num_bytes + _HUGE_BYTES:
-            self._memory = torch.empty(0, dtype=torch.uint8)  # given back before more is asked for
-            self._memory = _memory(num_bytes)
+        device = next((owner for owner in owners if owner is not None), None)
+        self._have_memory(num_bytes, device)
         views = iter([_view(self._memory, at, tensor) for at, tensor in zip(places, sources, strict=True)])
         self._staged = {section: {name: next(views) for name in named} for section, named in tensors.items()}
         self._targets = [tensor for named in self._staged.values() for tensor in named.values()]
+        if device is not None and self._pin is not None and self._pin.holds:
+            self._carrier = Carrier(self._memory, targets=self._targets, places=places, owners=owners, sources=sources)
         self._description = description
+
+    def _have_memory(self, num_bytes: int, device: Cuda | None) -> None:
+        is_fitting = num_bytes <= self._memory.numel() <= 2 * num_bytes + _HUGE_BYTES
+        if not is_fitting or (device is not None and not self._is_private):
+            if self._pin is not None:
+                self._pin.close()
+                self._pin = None
+            self._memory = torch.empty(0, dtype=torch.uint8)  # given back before more is asked for
+            self._memory, self._is_private = _memory(num_bytes, is_pinned=device is not None)
+        if device is not None and self._is_private and self._pin is None:
+            self._pin = Pin(self._memory, device)
+
+
+def _is_sound(device: Cuda) -> bool:
+    """Whether a few tensors of a device arrive as they were, twice, though they are changed at once."""
+    state = [torch.arange(700.0), torch.tensor(3), torch.arange(12, dtype=torch.int16).reshape(3, 4).t()]
+    state += [torch.tensor([True]), torch.tensor([0x7FA1, -1], dtype=torch.int16).view(torch.bfloat16)]
+    try:
+        arena = Arena(Devices.knowing(device))
+        for _ in range(2):
+            live = {str(n): device.holding(tensor) for n, tensor in enumerate(state)} | {"on cpu": torch.tensor(5)}
+            live["last"] = device.holding(torch.ones(3))
+            staged = arena.stage({"s": live})["s"]
+            expected = [*state, torch.tensor(5), torch.ones(3)]
+            for tensor in live.values():
+                tensor.zero_()
+            arena.settle()
+            if not all(map(same_bytes, staged.values(), expected)):
+                raise RuntimeError("what arrives is not what was there")
+    except Exception as error:  # noqa: BLE001 - whatever it is, the host can copy and wait
+        warnings.warn(
+            f"snapshots of what is on {device.device} hold the training up for the whole copy: {error}",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+        return False
+    return True
 
 
 class Rows(NamedTuple):
@@ -202,6 +305,11 @@ def _copy_each(targets: Sequence[torch.Tensor], sources: Sequence[torch.Tensor])
         torch._foreach_copy_(targets, sources)  # type: ignore[arg-type]
 
 
+def _call_all(calls: Iterable[Callable[[], object]]) -> None:
+    for call in calls:
+        call()
+
+
 def _tensors_of(named: Mapping[str, torch.Tensor]) -> Iterable[torch.Tensor]:
     return named.values()
 
@@ -227,20 +335,29 @@ def _view(memory: torch.Tensor, at: int, like: torch.Tensor) -> torch.Tensor:
     return memory[at : at + num_bytes].view(like.dtype).view(like.shape)
 
 
-def _memory(num_bytes: int) -> torch.Tensor:
-    """Bytes that no forked process shares.
+def _memory(num_bytes: int, *, is_pinned: bool = False) -> tuple[torch.Tensor, bool]:
+    """Bytes that no forked process shares, and whether that is certain; for a few it is not worth it.
 
     A worker forked while they are there would make the kernel copy every page at the next snapshot, and keep twice
     the state in memory. What is not to be had of that is done without.
+
+    Args:
+        num_bytes: How many.
+        is_pinned: Whether pages of their own are needed however few they are.
     """
-    if num_bytes < _HUGE_BYTES or not hasattr(mmap, "MAP_PRIVATE"):
-        return torch.empty(num_bytes, dtype=torch.uint8)
+    is_worth_it = num_bytes >= _HUGE_BYTES or (is_pinned and num_bytes > 0)
+    if not is_worth_it or not hasattr(mmap, "MAP_PRIVATE"):
+        return torch.empty(num_bytes, dtype=torch.uint8), False
     pages = mmap.mmap(-1, num_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    for advice in (getattr(mmap, "MADV_HUGEPAGE", None), _MADV_WIPEONFORK if hasattr(mmap, "MADV_DONTFORK") else None):
-        if advice is not None:
-            with contextlib.suppress(OSError):
-                pages.madvise(advice)
-    return torch.frombuffer(pages, dtype=torch.uint8)
+    if hasattr(mmap, "MADV_HUGEPAGE") and num_bytes >= _HUGE_BYTES:
+        with contextlib.suppress(OSError):
+            pages.madvise(mmap.MADV_HUGEPAGE)
+    is_private = False
+    if hasattr(mmap, "MADV_DONTFORK"):
+        with contextlib.suppress(OSError):
+            pages.madvise(_MADV_WIPEONFORK)
+            is_private = True
+    return torch.frombuffer(pages, dtype=torch.uint8), is_private
 
 
 def _copy(tensor: torch.Tensor) -> torch.Tensor:

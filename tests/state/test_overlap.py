@@ -300,13 +300,14 @@ def test_what_went_wrong_with_one_state_is_not_said_of_the_next() -> None:
     arena.stage(live, later={("s", "x")})
     arena._copying._error = UsageError("changed")  # type: ignore[union-attr]
     ready = arena.ready()
+    assert ready is not None
     with pytest.raises(UsageError):
         arena.settle()
     arena.settle()
     with pytest.raises(UsageError):
         ready()
     arena.stage(live)
-    arena.ready()()
+    assert arena.ready() is None
 
 
 def test_tensors_that_count_no_versions_or_lie_scattered_are_copied(monkeypatch: pytest.MonkeyPatch) -> None:
