@@ -22,7 +22,7 @@ import torch
 from resumable_trainer.durable.digest import Digest, FileDigest
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Iterable, Iterator, Mapping
 
     from resumable_trainer.snapshot.raw import RawTensorFile
 
@@ -60,6 +60,7 @@ def fill(file: RawTensorFile, targets: Mapping[str, torch.Tensor]) -> FileDigest
     Raises:
         DamagedSnapshotError: The file has become shorter; some of it may have been read into targets.
     """
+    _rest({target.device for target in targets.values()})
     pieces = list(_pieces(file, targets))
     line = _Line(file, pieces)
     second = None
@@ -72,6 +73,16 @@ def fill(file: RawTensorFile, targets: Mapping[str, torch.Tensor]) -> FileDigest
     if line.error is not None:
         raise line.error
     return line.digest.value()
+
+
+def _rest(devices: Iterable[torch.device]) -> None:
+    """Block until nothing is under way on accelerators.
+
+    What was enqueued in another stream than that of the threads which read here would land on top of what they read.
+    """
+    for device in devices:
+        if device.type not in ("cpu", "meta"):
+            torch.accelerator.synchronize(device)
 
 
 class _Line:

@@ -98,7 +98,8 @@ class CudaGraphStep:
             for _ in range(_WARM_UPS):
                 graph(*self._static)
         torch.cuda.current_stream().wait_stream(stream)
-        with torch.cuda.graph(self._captured), torch.no_grad():
+        # A snapshot's thread may be waiting for the device meanwhile, which a "global" capture forbids to all threads.
+        with torch.cuda.graph(self._captured, capture_error_mode="thread_local"), torch.no_grad():
             outputs: list[Tensor] = graph(*self._static)
         return outputs
 

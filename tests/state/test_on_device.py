@@ -45,6 +45,10 @@ class Stream:
     def put(self, work: Callable[[], object]) -> None:
         self._work.append(work)
 
+    @property
+    def is_idle(self) -> bool:
+        return self._num_done == len(self._work)
+
     def here(self) -> Callable[[], None]:
         """An event: reaching it does all work that was put in by now."""
         return partial(self._reach, len(self._work))
@@ -137,13 +141,13 @@ class StandIn(Cuda):
         return self.current.here()
 
     def carry(self, targets: Sequence[torch.Tensor], sources: Sequence[torch.Tensor], *, after: Any) -> Any:
-        if "carry" in self.refuses_to:
-            raise RuntimeError("stand-in: carry")
         if after is not None:
             self._side.put(after)
         for target, source in zip(targets, sources, strict=True):
             assert target.untyped_storage().data_ptr() in self.pinned
             self._side.put(partial(self._carried, target, source))
+            if "carry" in self.refuses_to:
+                raise RuntimeError("stand-in: carry")
         return self._side.here()
 
     def copy(self, targets: Sequence[torch.Tensor], sources: Sequence[torch.Tensor]) -> Any:
@@ -223,7 +227,8 @@ def mixed(calls: type[StandIn], step: int, second: str = "cuda:0") -> Named:
     optimizer["large on cpu"] = torch.full((2000,), fill)
     optimizer["last"] = calls.put(torch.full((2,), fill, dtype=torch.complex64))
     optimizer["end on cpu"] = torch.tensor(step)
-    return {"model": model, "optimizer": optimizer, "generators": {"torch": torch.full((9,), step, dtype=torch.uint8)}}
+    rows = {str(index): torch.full((index % 3 + 1,), fill + index) for index in range(40)}
+    return {"model": model, "optimizer": optimizer, "rows": rows}
 
 
 def copied(live: Named) -> Named:
@@ -269,6 +274,7 @@ def test_every_snapshot_holds_the_step_at_which_it_was_staged(calls: type[StandI
         staged = arena.stage(live, structure=structure if step > 2 else None)
         spoil(calls, live)
         assert not equal(staged, then), "nothing has arrived yet"
+        assert any(owned for each in calls.made for owned in each.owned.values()) is (way == "clone" or step == 1)
         arrive(arena)
         assert equal(staged, then)
         spoil(calls, live)
@@ -344,6 +350,12 @@ def test_many_small_tensors_of_a_device_arrive_in_one_piece(calls: type[StandIn]
     arrive(arena)
     assert equal(staged, live)
     assert len(on(calls).clones) == 1
+    live["s"]["7.step"] = torch.ones(5000)
+    arena.stage(live)
+    on(calls).clones.clear()
+    arrive(arena)
+    assert equal(staged := arena._staged, live), staged
+    assert len(on(calls).clones) == 2, "what is large on the CPU is not copied twice"
 
 
 def test_a_small_state_is_waited_for_at_once(calls: type[StandIn], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -370,9 +382,11 @@ def test_training_does_not_wait_and_whoever_asks_does(calls: type[StandIn]) -> N
 
 def test_what_is_overlapped_on_the_cpu_arrives_too(calls: type[StandIn]) -> None:
     arena, live = Arena(Devices(calls)), mixed(calls, 1)
-    later = {("optimizer", name) for name, tensor in live["optimizer"].items() if calls.place(tensor) is None}
-    assert len(later) > 5
+    later = {("optimizer", name) for name in ("1.step", "large on cpu", "end on cpu")}
     staged, then = arena.stage(live, later=later), copied(live)
+    waiting = [staged["optimizer"][name].data_ptr() for name in ("large on cpu", "end on cpu")]
+    assert arena._copying is not None
+    assert [target.data_ptr() for target in arena._copying._targets] == waiting, "a step between moments does not wait"
     arena.let_go()
     spoil(calls, live)
     arrive(arena)
@@ -451,6 +465,7 @@ def test_any_other_error_on_the_way_is_raised_when_nothing_is_under_way_any_more
     on(calls, "cuda:1").refuses_to = {"carry"}
     with pytest.raises(RuntimeError, match="stand-in: carry"):
         arena.stage(live)
+    assert all(each._side.is_idle for each in calls.made), "what had set out cannot land on top of the next"
     assert not any(owned for each in calls.made for owned in each.owned.values())
     on(calls, "cuda:1").refuses_to = set()
     staged, then = arena.stage(live), copied(live)
@@ -649,6 +664,22 @@ def test_restoring_and_closing_wait_for_what_was_staged_and_not_written(
         assert equal(staged, then)  # type: ignore[arg-type]
 
 
+def test_a_step_does_not_wait_for_the_device_with_overlapped_staging(
+    calls: type[StandIn], tmp_path: Path, job: dict[str, Any]
+) -> None:
+    with StateManager(tmp_path, state=job, staging="overlapped") as manager:
+        manager._capturing._arena = Arena(Devices(calls))
+        captured = manager.capture()
+        then = copied(captured.tensors)  # type: ignore[arg-type]
+        staged = manager.stage(captured).tensors
+        waits = on(calls).num_waits
+        on(calls).current.here()()
+        train(*job.values())
+        assert on(calls).num_waits == waits
+        manager.settle()
+        assert equal(staged, then)  # type: ignore[arg-type]
+
+
 # -- the calls themselves ------------------------------------------------------------------------------
 
 
@@ -717,6 +748,8 @@ class Calls(TorchDispatchMode):
         if "copy_" in str(func):
             is_waited_for = not (args[2] if len(args) > 2 else (kwargs or {}).get("non_blocking", False))
             self.log.append((func.__name__.partition(".")[0], self.stream, is_waited_for))
+        if "ones" in str(func):
+            self.log.append(("kernel",))
         return func(*args, **(kwargs or {}))
 
 
@@ -761,7 +794,7 @@ def test_what_is_asked_of_cuda_and_in_which_order(monkeypatch: pytest.MonkeyPatc
         device.unpin(memory)
         asked.result = 2
         assert not device.pin(memory)
-        assert asked.log == [("rest",), ("register", 64, 1), ("unregister",), ("register", 64, 1)]
+        assert asked.log == [("rest",), ("register", 64, 1), ("unregister",), ("register", 64, 1), ("kernel",)]
 
 
 def test_what_is_asked_of_cuda_is_there_in_this_torch() -> None:
