@@ -98,7 +98,10 @@ class Cuda:
         return is_done
 
     def room(self) -> int:
-        """Bytes that may be taken so that training still gets the most that it has ever had, and some more."""
+        """Bytes that may be taken so that training still gets the most that it has ever had, and some more.
+
+        "Ever" is since `torch.cuda.reset_peak_memory_stats`, where that is called.
+        """
         free, total = torch.cuda.mem_get_info(self.device)
         known = torch.cuda.memory_stats_as_nested_dict(self.device)
         reserved, most = known["reserved_bytes"]["all"]["current"], known["allocated_bytes"]["all"]["peak"]

@@ -704,6 +704,22 @@ def test_every_byte_of_a_file_is_hashed_and_goes_where_it_belongs(
         assert differences(tensors, targets, place="targets") == []
 
 
+def test_accelerators_are_at_rest_before_anything_is_read_into_their_memory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with NewFile(tmp_path / "f.safetensors", files=Files()) as file:
+        write_tensors(file, {"t": torch.rand(10)})
+    order: list[object] = []
+    read = in_place._Line.work
+    monkeypatch.setattr(torch.accelerator, "synchronize", order.append)
+    monkeypatch.setattr(in_place._Line, "work", lambda line: (order.append("read"), read(line)))
+    rest, gpu = in_place._rest, torch.device("cuda:1")
+    monkeypatch.setattr(in_place, "_rest", lambda devices: rest([*devices, gpu]))
+    with TensorFile(tmp_path / "f.safetensors") as opened_file:
+        in_place.fill(opened_file, {"t": torch.zeros(10)})
+    assert order == [gpu, "read"]
+
+
 def test_what_goes_wrong_in_the_second_thread_is_raised_by_the_caller(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
