@@ -98,7 +98,8 @@ class Saving:
         commit = partial(self._commit, content, facts, rows)
         pending = self._dictated(content, facts, rows, commit) if background and arrival is None else None
         if pending is None:
-            steps = (arrival or int, yield_to_training if background else int, commit)
+            arrive = int if arrival is None else partial(self._arrive, arrival, facts)
+            steps = (arrive, yield_to_training if background else int, commit)
             pending = PendingSnapshot(facts.name, partial(_one_after_the_other, steps), background=background)
         self._in_flight = pending
         return pending
@@ -134,6 +135,12 @@ class Saving:
             otherwise=commit,
         )
         return self._dictation.take(draft, self._run.lock)
+
+    def _arrive(self, arrival: Callable[[], object], facts: Facts) -> None:
+        try:
+            arrival()
+        except SnapshotWriteError as error:
+            raise self._not_saved(facts.name, error) from error
 
     def _commit(self, content: StateFiles, facts: Facts, rows: Rows | None) -> None:
         started = time.monotonic()
@@ -174,12 +181,12 @@ class Saving:
 
     def _not_saved(self, name: str, error: OSError) -> SnapshotWriteError:
         last = self.latest
-        reason = error.message if isinstance(error, ResumableTrainerError) else str(error)
+        reason, hint = (error.message, error.hint) if isinstance(error, ResumableTrainerError) else (str(error), None)
         return SnapshotWriteError(
             f"snapshot {name} in {self._run.directory} was NOT saved: {reason}; "
             + (f"the last durable one is {last}" if last else "there is no durable one yet"),
             path=self._run.directory,
-            hint="free space or repair the disk, then start the same command again",
+            hint=hint or "free space or repair the disk, then start the same command again",
         )
 
     def _manifest(self, facts: Facts, entries: Mapping[str, FileEntry]) -> Manifest:

@@ -139,7 +139,7 @@ class StateManager(HeldRun):
         """Save the whole state as it is now, at the given position.
 
         `batch=0` with `epoch>0` means that `epoch` epochs are complete. Blocks for one memory copy
-        of the state, and for the snapshot before it.
+        of the state on the CPU, and for the snapshot before it; what is on CUDA devices arrives beside the training.
 
         Raises:
             SettingsError: A position that cannot be.

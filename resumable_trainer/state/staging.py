@@ -29,7 +29,8 @@ from resumable_trainer.state.overlap import Copying
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 
-    from resumable_trainer.state.on_device import Crossing, Cuda
+    from resumable_trainer.state.cuda import Cuda
+    from resumable_trainer.state.on_device import Crossing
 
 Named = dict[str, dict[str, torch.Tensor]]
 _ALIGNMENT = 64  # of the first tensor of a section; the others follow without gaps that their dtype does not ask for
@@ -162,10 +163,10 @@ class Arena:
             self._rows, self._structure = [], None
             return None
         self._pin.under_way[:] = [crossing]
+        self._crossing = crossing  # also if waiting fails: it is asked again before the memory is used
         if self._carrier.num_bytes <= AT_ONCE_BYTES:
             crossing.wait()
-        else:
-            self._crossing = crossing
+            self._crossing = None
         return self._carrier.others
 
     def _lay_out(self, tensors: Mapping[str, Mapping[str, torch.Tensor]], sources: Sequence[torch.Tensor]) -> None:
@@ -205,6 +206,7 @@ def _is_sound(device: Cuda) -> bool:
     state = [torch.arange(700.0), torch.tensor(3), torch.arange(12, dtype=torch.int16).reshape(3, 4).t()]
     state += [torch.tensor([True]), torch.tensor([0x7FA1, -1], dtype=torch.int16).view(torch.bfloat16)]
     try:
+        device.room()  # only large states ask for it
         arena = Arena(Devices.knowing(device))
         for _ in range(2):
             live = {str(n): device.holding(tensor) for n, tensor in enumerate(state)} | {"on cpu": torch.tensor(5)}

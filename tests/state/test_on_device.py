@@ -23,7 +23,8 @@ from resumable_trainer import StateManager
 from resumable_trainer.errors import SnapshotWriteError
 from resumable_trainer.state import on_device, staging
 from resumable_trainer.state.compare import differences, same_bytes
-from resumable_trainer.state.on_device import Cuda, Devices, Pin
+from resumable_trainer.state.cuda import Cuda
+from resumable_trainer.state.on_device import Devices, Pin
 from resumable_trainer.state.staging import Arena
 
 if TYPE_CHECKING:
@@ -365,6 +366,12 @@ def test_a_small_state_is_waited_for_at_once(calls: type[StandIn], monkeypatch: 
     staged = arena.stage(live)
     assert arena.ready() is None
     assert equal(staged, live)
+    on(calls).error = "CUDA error"
+    with pytest.raises(SnapshotWriteError, match="CUDA error"):
+        arena.stage(live)
+    with pytest.raises(SnapshotWriteError, match="CUDA error"):
+        arena.stage(live)
+    assert sum(each.owned[key] for each in calls.made for key in each.owned) == 1, "nothing new sets out before"
 
 
 def test_training_does_not_wait_and_whoever_asks_does(calls: type[StandIn]) -> None:
@@ -483,11 +490,18 @@ def failing(self: StandIn, *_: Any, **__: Any) -> Any:
     raise NotImplementedError("no such thing here")
 
 
-@pytest.mark.parametrize(("carry", "why"), [(wrong, "is not what was there"), (failing, "no such thing here")])
+@pytest.mark.parametrize(
+    ("call", "instead", "why"),
+    [
+        ("carry", wrong, "is not what was there"),
+        ("carry", failing, "no such thing here"),
+        ("room", failing, "no such thing here"),
+    ],
+)
 def test_a_device_from_which_a_few_tensors_do_not_arrive_is_left_alone_for_good(
-    calls: type[StandIn], monkeypatch: pytest.MonkeyPatch, carry: Any, why: str
+    calls: type[StandIn], monkeypatch: pytest.MonkeyPatch, call: str, instead: Any, why: str
 ) -> None:
-    monkeypatch.setattr(calls, "carry", carry)
+    monkeypatch.setattr(calls, call, instead)
     devices, live = Devices(calls), mixed(calls, 1)
     with pytest.warns(RuntimeWarning, match=why) as said:
         assert equal(Arena(devices).stage(live), live)
@@ -510,7 +524,7 @@ def test_an_error_of_the_device_is_raised_to_everyone_until_it_is_over(calls: ty
     on(calls).error = "CUDA error: an illegal memory access was encountered"
     for wait in (ready, arena.settle, ready, lambda: arena.stage(live)):
         with pytest.raises(
-            SnapshotWriteError, match=r"from cuda:0 .* NOT saved: CUDA error: an illegal .* encountered"
+            SnapshotWriteError, match=r"from cuda:0 to the host: CUDA error: an illegal .* encountered"
         ) as e:
             wait()
         assert "TORCH_USE" not in str(e.value)
@@ -637,8 +651,10 @@ def test_a_state_that_does_not_arrive_is_never_published(
         manager._capturing._arena = Arena(Devices(calls))
         manager.snapshot(epoch=0, batch=1, step=1).wait()
         on(calls).error = "CUDA error: unspecified launch failure"
-        with pytest.raises(SnapshotWriteError, match="unspecified launch failure"):
+        with pytest.raises(SnapshotWriteError, match=r"snapshot step-000000002 .* NOT saved: .* unspecified") as e:
             manager.snapshot(epoch=0, batch=2, step=2, background=background).wait()
+        assert e.value.hint is not None
+        assert "device" in e.value.hint
         manager._saving._in_flight = None
         assert manager.store.names() == ["step-000000001"]
         on(calls).error = None
