@@ -502,6 +502,7 @@ def test_a_device_from_which_a_few_tensors_do_not_arrive_is_left_alone_for_good(
     calls: type[StandIn], monkeypatch: pytest.MonkeyPatch, call: str, instead: Any, why: str
 ) -> None:
     monkeypatch.setattr(calls, call, instead)
+    monkeypatch.setattr(on_device, "AT_ONCE_BYTES", 4 << 20)
     devices, live = Devices(calls), mixed(calls, 1)
     with pytest.warns(RuntimeWarning, match=why) as said:
         assert equal(Arena(devices).stage(live), live)
