@@ -25,8 +25,8 @@ Policy: bits, not numbers. torch copies many tensors of two bytes by way of floa
 they are copied as integers.
 
 A graph must not be captured in torch's default "global" mode while a snapshot is on its way: waiting for an event is
-then forbidden to all threads. No GPU was at hand when this was written: tests run all but `Cuda` on a stand-in that
-does everything as late as it may, and `Cuda` itself where there is a device.
+then forbidden to all threads. No GPU was at hand when this was written: tests run all but `cuda` on a stand-in that
+does everything as late as it may, and `cuda` itself where there is a device.
 """
 
 from __future__ import annotations
