@@ -22,6 +22,7 @@ from benchmarks.machine import CORES, big_bytes, gigabytes, raw_write
 from benchmarks.savers import Distributed, Own, TorchSave, settle
 from benchmarks.table import Goal, Row, Side
 from benchmarks.timing import ArmError, Bench, alternately, processor_time, timed
+from resumable_trainer.durable.files import Files, NewFile
 from resumable_trainer.durable.priority import yield_to_training
 
 if TYPE_CHECKING:
@@ -31,6 +32,8 @@ if TYPE_CHECKING:
 
 _VERIFIED, _SYNCED = "synced and verified", "synced"
 _TRAINED_STEPS = 2
+_SETTLING_STEPS = 5  # the first gives back to the system what the step before, of another model, has left
+_IDLE_STEPS = 100
 _WORK_SECONDS_PER_BYTE = 0.5e-9  # forward and backward: some times as long as a copy of so many bytes
 
 
@@ -165,19 +168,28 @@ def measure_small(laps: Laps, *, epochs: int, directory: str) -> None:
 
 
 def interference(bench: Bench) -> Iterator[Row]:
-    """Steps of 5 ms while a large snapshot is written beside them, with one thread and with one for each core."""
+    """Steps of 5 ms while a large snapshot is written beside them, with one thread and with one for each core.
+
+    A ratio of steps is the larger, the sooner the snapshot is on the disk: so the time that is lost is shown, too.
+    """
     for threads in (1,) if bench.quick else sorted({1, CORES}):
         m = bench.in_child(
-            "snapshots:measure_interference", threads=threads, num_bytes=big_bytes(bench), rounds=bench.pick(7, 3)
+            "snapshots:measure_interference", threads=threads, num_bytes=big_bytes(bench), rounds=bench.pick(11, 3)
         )
+        beside = f"while {gigabytes(bench)} are written, {threads} threads"
+        bare = "the same bytes hashed, written and synced as they lie, at the same priority"
         yield Row(
             "interference",
-            f"mean step of 5 ms while {gigabytes(bench)} are written, {threads} threads",
-            Side("while writing", m["writing"], durability=_VERIFIED),
+            f"mean step of 5 ms {beside}",
+            Side("while writing", m["own step"], durability=_VERIFIED),
             Side("idle", m["idle"]),
             goal=Goal(1.1),
-            bound=Side("the same bytes written and synced as they lie, at the same priority", m["raw"]),
+            bound=Side(bare, m["bare step"]),
         )
+        for what, unit in (("lost", "what steps of 5 ms lose"), ("writing", "how long it takes beside steps of 5 ms")):
+            own = Side("own", m[f"own {what}"], durability=_VERIFIED)
+            theirs = Side(bare, m[f"bare {what}"], durability=_SYNCED)
+            yield Row("interference", f"{unit} {beside}", own, theirs, "difference")
 
 
 def measure_interference(laps: Laps, *, num_bytes: int, rounds: int, directory: str) -> None:
@@ -189,6 +201,7 @@ def measure_interference(laps: Laps, *, num_bytes: int, rounds: int, directory: 
     model, batch = job.model(), jobs.batch_size_for(job, 0.005)
     optimizer = jobs.adam(model)
     inputs, labels = torch.randn(batch, job.widths[0]), torch.ones(batch, 1)
+    files, kept = Files(), Path(directory) / "bare"
 
     def steps(goes_on: Any) -> tuple[int, float]:
         count, started = 0, time.perf_counter()
@@ -197,27 +210,38 @@ def measure_interference(laps: Laps, *, num_bytes: int, rounds: int, directory: 
             count += 1
         return count, time.perf_counter() - started
 
+    def write_bare() -> None:
+        yield_to_training()
+        files.forget_pages(kept)
+        with NewFile(kept.with_suffix(".new"), files=files) as file:
+            file.write(flat)
+        kept.with_suffix(".new").replace(kept)
+
+    def beside(name: str, begin: Callable[[], tuple[Callable[[], bool], Callable[[], object]]]) -> Mapping[str, float]:
+        os.sync()
+        steps(lambda done: done < _SETTLING_STEPS)
+        is_over, finish = begin()
+        count, writing = steps(lambda done: not is_over() or done < 1)
+        finish()
+        os.sync()
+        _, idle = steps(lambda done: done < max(count, _IDLE_STEPS))
+        idle /= max(count, _IDLE_STEPS)
+        lost = writing - count * idle
+        return {f"{name} step": writing / count, f"{name} lost": lost, f"{name} writing": writing, "idle": idle}
+
+    def snapshot() -> tuple[Callable[[], bool], Callable[[], object]]:
+        pending = own.begin()
+        return lambda: pending.done, own.manager.wait
+
+    def bare() -> tuple[Callable[[], bool], Callable[[], object]]:
+        writer = threading.Thread(target=write_bare)
+        writer.start()
+        return lambda: not writer.is_alive(), writer.join
+
     def round_() -> Mapping[str, float]:
         jobs.train_once(optimizer_of_big)
-        os.sync()
-        pending = own.begin()
-        count, writing = steps(lambda count: not pending.done or count < 1)
-        own.manager.wait()
-        os.sync()
-        _, idle = steps(lambda done: done < count)
-        return {"writing": writing / count, "idle": idle / count, "raw": beside_raw_write()}
-
-    def write_raw() -> None:
-        yield_to_training()
-        raw_write(Path(directory) / "raw", flat)
-
-    def beside_raw_write() -> float:
-        writer = threading.Thread(target=write_raw)
-        writer.start()
-        count, writing = steps(lambda count: writer.is_alive() or count < 1)
-        writer.join()
-        os.sync()
-        return writing / count
+        # The later "idle" counts: that which was measured beside the snapshot.
+        return {**beside("bare", bare), **beside("own", snapshot)}
 
     laps.turn(alternately([round_], rounds=rounds))
 

@@ -72,6 +72,19 @@ class Files:
         if number in _LOST_BYTES:  # anything else says that the file system has no such call
             raise OSError(number, os.strerror(number))
 
+    def forget_pages(self, path: Path) -> None:
+        """Let the system's page cache go of a durable file, for what is written next; a hint that changes no content.
+
+        Where it cannot be given nothing happens.
+        """
+        if hasattr(os, "posix_fadvise"):
+            with contextlib.suppress(OSError):
+                fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+                try:
+                    os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
+                finally:
+                    os.close(fd)
+
     def sync(self, fd: int) -> None:
         """Make a file's content durable. Never called again on a file whose sync failed.
 
