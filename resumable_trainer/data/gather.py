@@ -24,7 +24,8 @@ if TYPE_CHECKING:
 
 _BLOCK = 1024  # batches whose index views are made at once: an epoch of millions of batches starts at once, too
 _DIGEST_ROWS = 64
-_INDEXED = (torch.uint16, torch.uint32, torch.uint64)  # torch 2.13 has no index_select for them in one dimension
+# torch 2.13 has no index_select for these in one dimension, and 2.8 no other way: the same bits as signed numbers.
+_SIGNED = {torch.uint16: torch.int16, torch.uint32: torch.int32, torch.uint64: torch.int64}
 
 
 def gathered(
@@ -45,8 +46,8 @@ def gathered(
 
 
 def _rows_of(tensor: torch.Tensor, chunks: Iterable[torch.Tensor]) -> Iterator[torch.Tensor]:
-    if tensor.dtype in _INDEXED:
-        return map(tensor.__getitem__, chunks)
+    if (signed := _SIGNED.get(tensor.dtype)) is not None:
+        return (each.view(tensor.dtype) for each in map(tensor.view(signed).index_select, repeat(0), chunks))
     return map(tensor.index_select, repeat(0), chunks)
 
 

@@ -16,6 +16,7 @@ from functools import wraps
 from types import FunctionType, MethodType
 from typing import TYPE_CHECKING, Any
 
+from torch.compiler import is_compiling
 from torch.optim import Optimizer
 
 from resumable_trainer.state.modes import heard
@@ -117,8 +118,11 @@ class LeanOptimizers:
         return zero_grad
 
     def _is_watched(self) -> bool:
-        """Whether somebody could tell the difference."""
-        return bool(not self._is_open or is_profiled() or global_pre_hooks or global_post_hooks)
+        """Whether somebody could tell the difference: asked first is whether it is torch's compiler that reads this.
+
+        That of torch 2.8 cannot compile the question for a profiler.
+        """
+        return bool(is_compiling() or not self._is_open or is_profiled() or global_pre_hooks or global_post_hooks)
 
 
 def has_step_of_its_own(optimizer: Optimizer) -> bool:
