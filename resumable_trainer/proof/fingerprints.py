@@ -32,9 +32,11 @@ _MAX_DEPTH = 6
 def of_tensor(tensor: torch.Tensor) -> str:
     """Digest of dtype, shape and elements."""
     plain = tensor.detach()
-    if plain.is_sparse or plain.is_quantized or plain.device.type == "meta":
+    if plain.is_nested:
+        return digest_bytes(repr((plain.layout, [*map(of_tensor, plain.unbind())])).encode())
+    if plain.layout != torch.strided or plain.is_quantized or plain.device.type == "meta":
         return digest_bytes(repr((plain.dtype, tuple(plain.shape), plain.layout)).encode())
-    flat = plain.cpu().contiguous().reshape(-1)
+    flat = plain.cpu().resolve_conj().resolve_neg().contiguous().reshape(-1)
     head = repr((str(plain.dtype), tuple(plain.shape))).encode()
     return digest_bytes(head + (flat.view(torch.uint8).numpy().tobytes() if flat.numel() else b""))
 
@@ -197,8 +199,10 @@ _STRIDE = 1009  # a prime: no column of a table is left out
 
 def _some_of(tensor: torch.Tensor) -> torch.Tensor:
     """Of a large tensor, elements here and there."""
-    is_strided = tensor.layout == torch.strided and tensor.is_contiguous()
-    return tensor.detach().view(-1)[::_STRIDE] if is_strided else tensor[:1]
+    if tensor.is_nested or tensor.layout != torch.strided:
+        return tensor
+    some = tensor.detach().view(-1)[::_STRIDE] if tensor.is_contiguous() else tensor.detach()[:1]
+    return some.clone(memory_format=torch.contiguous_format)
 
 
 def _has_state(value: object) -> bool:

@@ -147,6 +147,7 @@ def test_whoever_has_hooks_is_told() -> None:
     assert mine.watch.stepped == {id(mine.optimizer)}
 
 
+@pytest.mark.filterwarnings("ignore:Warning. Profiler clears events")  # torch 2.11 says so once
 def test_a_profiler_finds_the_ranges_that_it_looks_for() -> None:
     mine = Open()
     train(mine.model, mine.optimizer)

@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import nn
 
+from resumable_trainer.proof import fingerprints
 from resumable_trainer.proof.variables import Variables
 
 if TYPE_CHECKING:
@@ -82,3 +83,36 @@ def test_a_file_is_where_it_is_read(tmp_path: Path) -> None:
         before = look([], file)
         file.read(50_000)
         assert look([], file) != before
+
+
+ODD_TENSORS = {
+    "nested": lambda: torch.nested.nested_tensor([torch.ones(2), torch.ones(3)]),
+    "jagged": lambda: torch.nested.nested_tensor([torch.ones(2), torch.ones(3)], layout=torch.jagged),
+    "sparse": lambda: torch.eye(3).to_sparse(),
+    "rows": lambda: torch.eye(3).to_sparse_csr(),
+    "mkldnn": lambda: torch.eye(3).to_mkldnn(),
+    "meta": lambda: torch.ones(3, device="meta"),
+    "conjugate": lambda: torch.ones(3, dtype=torch.complex64).conj(),
+    "negative": lambda: torch.ones(3, dtype=torch.complex64).conj().imag,
+    "expanded": lambda: torch.ones(1).expand(3, 4),
+    "float8": lambda: torch.ones(3).to(torch.float8_e4m3fn),
+    "none": lambda: torch.empty(0, 3),
+}
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors", "ignore:Sparse CSR tensor support")
+@pytest.mark.parametrize("max_bytes", [fingerprints._MAX_BYTES, 4])
+@pytest.mark.parametrize("name", ODD_TENSORS)
+def test_no_tensor_is_too_odd_to_be_looked_at(name: str, max_bytes: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fingerprints, "_MAX_BYTES", max_bytes)
+    assert look([], ODD_TENSORS[name]()) == look([], ODD_TENSORS[name]())
+    assert look([], ODD_TENSORS[name]())[0] == "tensor"
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+@pytest.mark.parametrize("layout", [torch.strided, torch.jagged])
+def test_what_moves_in_a_nested_tensor_is_seen(layout: torch.layout) -> None:
+    parts = [torch.ones(2), torch.ones(3)]
+    before = look([], torch.nested.nested_tensor(parts, layout=layout))
+    parts[1][2] = 2
+    assert look([], torch.nested.nested_tensor(parts, layout=layout)) != before
