@@ -212,7 +212,6 @@ def measure_interference(laps: Laps, *, num_bytes: int, rounds: int, directory: 
 
     def write_bare() -> None:
         yield_to_training()
-        files.forget_pages(kept)
         with NewFile(kept.with_suffix(".new"), files=files) as file:
             file.write(flat)
         kept.with_suffix(".new").replace(kept)

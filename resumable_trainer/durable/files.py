@@ -72,20 +72,6 @@ class Files:
         if number in _LOST_BYTES:  # anything else says that the file system has no such call
             raise OSError(number, os.strerror(number))
 
-    def forget_pages(self, path: Path) -> None:
-        """Let the system's page cache go of a durable file, for what is written next; a hint that changes no content.
-
-        Where it cannot be given nothing happens. Piece by piece, so that no call keeps its core for long.
-        """
-        if hasattr(os, "posix_fadvise"):
-            with contextlib.suppress(OSError):
-                fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
-                try:
-                    for start in range(0, os.fstat(fd).st_size, _PIECE_BYTES):
-                        os.posix_fadvise(fd, start, _PIECE_BYTES, os.POSIX_FADV_DONTNEED)
-                finally:
-                    os.close(fd)
-
     def sync(self, fd: int) -> None:
         """Make a file's content durable. Never called again on a file whose sync failed.
 

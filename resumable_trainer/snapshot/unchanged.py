@@ -51,12 +51,6 @@ class Unchanged:
         """A snapshot has become durable, and is the newest."""
         self._snapshots.append((directory, entries))
 
-    def replaced_by(self, name: str) -> Path | None:
-        """The newest durable snapshot's file of this name; None if there is none."""
-        if not self._snapshots or name not in self._snapshots[-1][1]:
-            return None
-        return self._snapshots[-1][0] / name
-
     def is_likely(self, name: str) -> bool:
         """Whether hashing a file before it is written is likely to spare the writing."""
         if not self._snapshots:

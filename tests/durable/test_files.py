@@ -3,7 +3,6 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import errno
-import mmap
 import os
 import signal
 import subprocess
@@ -26,7 +25,6 @@ from resumable_trainer.durable.files import (
     write_new_file,
     write_replacing,
 )
-from resumable_trainer.durable.filesystem import file_system
 
 
 class Dies(BaseException):
@@ -473,44 +471,3 @@ def test_a_cut_file_is_cut(tmp_path: Path) -> None:
     Files().truncate(fd, 4)
     Files().close(fd)
     assert (tmp_path / "f").read_bytes() == b"0123"
-
-
-def resident_pages(path: Path) -> int:
-    """How many pages of a file the system's cache holds (mincore(2))."""
-    size = path.stat().st_size
-    with path.open("r+b") as file, mmap.mmap(file.fileno(), size) as mapped:
-        pages = ctypes.create_string_buffer(-(-size // mmap.PAGESIZE))
-        first = ctypes.c_char.from_buffer(mapped)
-        found = ctypes.CDLL(None).mincore(ctypes.c_void_p(ctypes.addressof(first)), ctypes.c_size_t(size), pages)
-        del first
-    assert found == 0
-    return sum(page & 1 for page in pages.raw)
-
-
-@pytest.mark.skipif(not hasattr(os, "posix_fadvise"), reason="this system takes no advice on its page cache")
-def test_pages_of_a_durable_file_are_let_go_and_its_content_stays(tmp_path: Path) -> None:
-    data = os.urandom(1 << 20)
-    write_new_file(Files(), tmp_path / "f", data)
-    if file_system(tmp_path).kind == "tmpfs":
-        pytest.skip("tmpfs has nothing but the page cache")
-    assert resident_pages(tmp_path / "f") > 0
-    Files().forget_pages(tmp_path / "f")
-    assert resident_pages(tmp_path / "f") == 0
-    assert (tmp_path / "f").read_bytes() == data
-
-
-@pytest.mark.parametrize("what", ["gone", "a link", "a directory", "a pipe", "no such call"])
-def test_where_pages_cannot_be_let_go_nothing_happens(
-    tmp_path: Path, what: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    path = tmp_path / "f"
-    if what == "a link":
-        path.symlink_to(tmp_path / "elsewhere")
-    elif what == "a directory":
-        path.mkdir()
-    elif what == "a pipe":
-        os.mkfifo(path)
-    elif what == "no such call":
-        path.write_bytes(b"x")
-        monkeypatch.delattr(os, "posix_fadvise", raising=False)
-    Files().forget_pages(path)

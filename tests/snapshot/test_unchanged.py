@@ -16,7 +16,6 @@ from torch import nn
 from resumable_trainer import StateManager
 from resumable_trainer.durable.files import Files
 from resumable_trainer.snapshot import unchanged as unchanged_module
-from resumable_trainer.snapshot import writer as writer_module
 from resumable_trainer.snapshot.exporting import export_safetensors
 from resumable_trainer.snapshot.retention import to_delete
 from resumable_trainer.snapshot.selected import select
@@ -183,48 +182,6 @@ def test_a_file_serves_so_many_snapshots_and_is_written_anew(tmp_path: Path, mon
     runs = [len(list(group)) for _, group in itertools.groupby(found[::2])]
     assert max(runs) == 3
     assert len(runs) > 2
-
-
-class Noting(Files):
-    """Notes files that are made, and those whose pages are let go."""
-
-    def __init__(self) -> None:
-        self.calls: list[tuple[str, str]] = []
-
-    def create(self, path: Path) -> int:
-        if path.suffix == ".safetensors":
-            self.calls.append(("write", path.name))
-        return super().create(path)
-
-    def forget_pages(self, path: Path) -> None:
-        self.calls.append(("forget", f"{path.parent.name}/{path.name}"))
-        super().forget_pages(path)
-
-
-def test_a_large_file_is_written_in_the_pages_of_the_one_that_it_replaces(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(writer_module, "_LARGE_BYTES", 5000)
-    net, files = model(), Noting()
-    with manager_of(tmp_path, net, files=files) as manager:
-        save(manager, net, 1)
-        assert "forget" not in dict(files.calls), "there is nothing to replace"
-        files.calls.clear()
-        save(manager, net, 2, 3)
-    changed = "model.safetensors"
-    assert [call for call in files.calls if call[1].endswith((changed, FROZEN)) and call != ("write", FROZEN)] == [
-        ("forget", f"step-000000001/{changed}"),
-        ("write", changed),
-        ("forget", f"step-000000002/{changed}"),
-        ("write", changed),
-    ], "and never what is linked once more"
-
-
-def test_a_small_file_is_not_worth_forgetting(tmp_path: Path) -> None:
-    net, files = model(), Noting()
-    with manager_of(tmp_path, net, files=files) as manager:
-        save(manager, net, 1, 2)
-    assert "forget" not in dict(files.calls)
 
 
 class NoLinks(Files):
