@@ -18,6 +18,7 @@ import torch
 from resumable_trainer.durable.digest import digest_bytes
 from resumable_trainer.errors import UnsafeValueError
 from resumable_trainer.snapshot.tree import flatten
+from resumable_trainer.state.compare import as_bytes
 from resumable_trainer.state.generators import capture_generator, is_generator
 from resumable_trainer.state.parts import capture_part
 
@@ -36,9 +37,8 @@ def of_tensor(tensor: torch.Tensor) -> str:
         return digest_bytes(repr((plain.layout, [*map(of_tensor, plain.unbind())])).encode())
     if plain.layout != torch.strided or plain.is_quantized or plain.device.type == "meta":
         return digest_bytes(repr((plain.dtype, tuple(plain.shape), plain.layout)).encode())
-    flat = plain.cpu().resolve_conj().resolve_neg().contiguous().reshape(-1)
     head = repr((str(plain.dtype), tuple(plain.shape))).encode()
-    return digest_bytes(head + (flat.view(torch.uint8).numpy().tobytes() if flat.numel() else b""))
+    return digest_bytes(head + as_bytes(plain).numpy().tobytes())
 
 
 def of_state(flat: Flat) -> dict[str, str]:
@@ -201,8 +201,7 @@ def _some_of(tensor: torch.Tensor) -> torch.Tensor:
     """Of a large tensor, elements here and there."""
     if tensor.is_nested or tensor.layout != torch.strided:
         return tensor
-    some = tensor.detach().view(-1)[::_STRIDE] if tensor.is_contiguous() else tensor.detach()[:1]
-    return some.clone(memory_format=torch.contiguous_format)
+    return tensor.detach().view(-1)[::_STRIDE] if tensor.is_contiguous() else tensor[:1]
 
 
 def _has_state(value: object) -> bool:

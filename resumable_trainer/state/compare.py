@@ -17,12 +17,13 @@ def same_bytes(a: torch.Tensor, b: torch.Tensor) -> bool:
     """Whether two tensors have the same shape, dtype and bytes, wherever they live."""
     if a.shape != b.shape or a.dtype != b.dtype:
         return False
-    return bool(torch.equal(_as_bytes(a), _as_bytes(b)))
+    return bool(torch.equal(as_bytes(a), as_bytes(b)))
 
 
-def _as_bytes(tensor: torch.Tensor) -> torch.Tensor:
+def as_bytes(tensor: torch.Tensor) -> torch.Tensor:
+    """The bytes of a dense tensor's elements, row by row: uint8 of one dimension, on the CPU."""
     flat = tensor.detach().cpu().resolve_conj().resolve_neg().contiguous().reshape(-1)
-    return flat.view(torch.uint8)
+    return flat.as_strided(flat.shape, (1,)).view(torch.uint8)  # of one element, contiguous with any stride
 
 
 def differences(a: object, b: object, *, place: str) -> list[str]:
