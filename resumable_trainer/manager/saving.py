@@ -98,9 +98,8 @@ class Saving:
         commit = partial(self._commit, content, facts, rows)
         pending = self._dictated(content, facts, rows, commit) if background and arrival is None else None
         if pending is None:
-            arrive = int if arrival is None else partial(self._arrive, arrival, facts)
-            steps = (arrive, yield_to_training if background else int, commit)
-            pending = PendingSnapshot(facts.name, partial(_one_after_the_other, steps), background=background)
+            write = partial(self._write_here, facts, arrival, commit, background=background)
+            pending = PendingSnapshot(facts.name, write, background=background)
         self._in_flight = pending
         return pending
 
@@ -136,11 +135,17 @@ class Saving:
         )
         return self._dictation.take(draft, self._run.lock)
 
-    def _arrive(self, arrival: Callable[[], object], facts: Facts) -> None:
-        try:
-            arrival()
-        except SnapshotWriteError as error:
-            raise self._not_saved(facts.name, error) from error
+    def _write_here(
+        self, facts: Facts, arrival: Callable[[], object] | None, commit: Callable[[], None], *, background: bool
+    ) -> None:
+        if arrival is not None:
+            try:
+                arrival()
+            except SnapshotWriteError as error:
+                raise self._not_saved(facts.name, error) from error
+        if background:
+            yield_to_training()
+        commit()
 
     def _commit(self, content: StateFiles, facts: Facts, rows: Rows | None) -> None:
         started = time.monotonic()
@@ -203,8 +208,3 @@ class Saving:
             "created": held.now(),
             **facts.fields(),
         }
-
-
-def _one_after_the_other(steps: Sequence[Callable[[], object]]) -> None:
-    for step in steps:
-        step()
