@@ -8,7 +8,6 @@ from __future__ import annotations
 import os
 import random
 import shutil
-import threading
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,6 +23,7 @@ from benchmarks.table import Goal, Row, Side
 from benchmarks.timing import ArmError, Bench, alternately, processor_time, timed
 from resumable_trainer.durable.files import Files, NewFile
 from resumable_trainer.durable.priority import yield_to_training
+from resumable_trainer.snapshot.pending import PendingSnapshot
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
@@ -201,7 +201,7 @@ def measure_interference(laps: Laps, *, num_bytes: int, rounds: int, directory: 
     model, batch = job.model(), jobs.batch_size_for(job, 0.005)
     optimizer = jobs.adam(model)
     inputs, labels = torch.randn(batch, job.widths[0]), torch.ones(batch, 1)
-    files, kept = Files(), Path(directory) / "bare"
+    kept = Path(directory) / "bare"
 
     def steps(goes_on: Any) -> tuple[int, float]:
         count, started = 0, time.perf_counter()
@@ -212,35 +212,29 @@ def measure_interference(laps: Laps, *, num_bytes: int, rounds: int, directory: 
 
     def write_bare() -> None:
         yield_to_training()
-        with NewFile(kept.with_suffix(".new"), files=files) as file:
+        with NewFile(kept.with_suffix(".new"), files=Files()) as file:
             file.write(flat)
         kept.with_suffix(".new").replace(kept)
 
-    def beside(name: str, begin: Callable[[], tuple[Callable[[], bool], Callable[[], object]]]) -> Mapping[str, float]:
+    def beside(name: str, begin: Callable[[], PendingSnapshot]) -> Mapping[str, float]:
         os.sync()
         steps(lambda done: done < _SETTLING_STEPS)
-        is_over, finish = begin()
-        count, writing = steps(lambda done: not is_over() or done < 1)
-        finish()
+        pending = begin()
+        count, writing = steps(lambda done: not pending.done or done < 1)
+        pending.wait()
         os.sync()
         _, idle = steps(lambda done: done < max(count, _IDLE_STEPS))
         idle /= max(count, _IDLE_STEPS)
         lost = writing - count * idle
         return {f"{name} step": writing / count, f"{name} lost": lost, f"{name} writing": writing, "idle": idle}
 
-    def snapshot() -> tuple[Callable[[], bool], Callable[[], object]]:
-        pending = own.begin()
-        return lambda: pending.done, own.manager.wait
-
-    def bare() -> tuple[Callable[[], bool], Callable[[], object]]:
-        writer = threading.Thread(target=write_bare)
-        writer.start()
-        return lambda: not writer.is_alive(), writer.join
+    def begin_bare() -> PendingSnapshot:
+        return PendingSnapshot("bare", write_bare, background=True)
 
     def round_() -> Mapping[str, float]:
         jobs.train_once(optimizer_of_big)
         # The later "idle" counts: that which was measured beside the snapshot.
-        return {**beside("bare", bare), **beside("own", snapshot)}
+        return {**beside("bare", begin_bare), **beside("own", own.begin)}
 
     laps.turn(alternately([round_], rounds=rounds))
 
