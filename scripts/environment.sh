@@ -21,17 +21,22 @@ find_python() {
     return 1
 }
 
+# make_environment DIRECTORY: a virtual environment, unless there is one
+make_environment() {
+    local found
+    if [ -x "$1/bin/python" ]; then return 0; fi
+    found=$(find_python) || return 1
+    say "making $1 with $found"
+    if ! "$found" -m venv "$1"; then
+        echo "error: $found cannot make virtual environments (on Debian: apt install python3-venv)" >&2
+        return 1
+    fi
+}
+
 # prepare EXTRA: an environment in which the extra of pyproject.toml is installed
 prepare() {
-    local extra=$1 found stamp wanted
-    if [ ! -x "$python" ]; then
-        found=$(find_python) || exit 1
-        say "making $repository/.venv with $found"
-        if ! "$found" -m venv "$repository/.venv"; then
-            echo "error: $found cannot make virtual environments (on Debian: apt install python3-venv)" >&2
-            exit 1
-        fi
-    fi
+    local extra=$1 stamp wanted
+    make_environment "$repository/.venv" || exit 1
     stamp="$repository/.venv/installed-$extra"
     wanted=$(cat "$repository/pyproject.toml" "$repository/scripts/constraints.txt" | cksum)
     if [ "$(cat "$stamp" 2> /dev/null)" != "$wanted" ]; then
