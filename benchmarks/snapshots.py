@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 _VERIFIED, _SYNCED = "synced and verified", "synced"
 _TRAINED_STEPS = 2
 _SETTLING_STEPS = 5  # the first gives back to the system what the step before, of another model, has left
-_IDLE_STEPS = 100
+_IDLE_STEPS = 200
 _WORK_SECONDS_PER_BYTE = 0.5e-9  # forward and backward: some times as long as a copy of so many bytes
 
 
@@ -174,7 +174,7 @@ def interference(bench: Bench) -> Iterator[Row]:
     """
     for threads in (1,) if bench.quick else sorted({1, CORES}):
         m = bench.in_child(
-            "snapshots:measure_interference", threads=threads, num_bytes=big_bytes(bench), rounds=bench.pick(11, 3)
+            "snapshots:measure_interference", threads=threads, num_bytes=big_bytes(bench), rounds=bench.pick(7, 3)
         )
         beside = f"while {gigabytes(bench)} are written, {threads} threads"
         bare = "the same bytes hashed, written and synced as they lie, at the same priority"
@@ -193,7 +193,7 @@ def interference(bench: Bench) -> Iterator[Row]:
 
 
 def measure_interference(laps: Laps, *, num_bytes: int, rounds: int, directory: str) -> None:
-    """For a child: as many steps idle as were made while the snapshot was written; and while others were."""
+    """For a child: steps while a snapshot is written, while the same bytes are, and while nothing is."""
     big, optimizer_of_big = jobs.big_state(num_bytes)
     flat = memoryview(torch.ones(num_bytes, dtype=torch.uint8).numpy())
     own = Own(Path(directory), {"model": big, "optimizer": optimizer_of_big}, keep=False)
@@ -223,8 +223,8 @@ def measure_interference(laps: Laps, *, num_bytes: int, rounds: int, directory: 
         count, writing = steps(lambda done: not pending.done or done < 1)
         pending.wait()
         os.sync()
-        _, idle = steps(lambda done: done < max(count, _IDLE_STEPS))
-        idle /= max(count, _IDLE_STEPS)
+        _, idle = steps(lambda done: done < _IDLE_STEPS)
+        idle /= _IDLE_STEPS
         lost = writing - count * idle
         return {f"{name} step": writing / count, f"{name} lost": lost, f"{name} writing": writing, "idle": idle}
 
