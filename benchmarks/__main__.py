@@ -40,7 +40,7 @@ def arguments(given: Sequence[str] | None = None) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(prog="scripts/bench", description=__doc__)
     parser.add_argument("--only", metavar="GROUP", type=_groups, default=list(GROUPS), help=f"of {', '.join(GROUPS)}")
-    parser.add_argument("--quick", action="store_true", help="fewer rounds, smaller states: about 3 minutes")
+    parser.add_argument("--quick", action="store_true", help="fewer rounds, smaller states: 3 to 6 minutes")
     parser.add_argument("--json", metavar="FILE", type=Path, help="write every measurement there")
     parser.add_argument("--write", action="store_true", help=f"write {RESULTS.relative_to(REPOSITORY)}")
     parser.add_argument("--gpu", action="store_true", help="the part for a GPU instead")
