@@ -39,6 +39,7 @@ class Capturing:
         self._planner = Planner()
         self._arena = Arena()
         self._fence: Fence | None = None
+        self._generators: dict[str, Any] | None = None  # as captured last
 
     def overlap(self) -> None:
         """From now on copy while training goes on, what is not changed before the next step of an optimizer."""
@@ -61,7 +62,7 @@ class Capturing:
             trees = self._trees(watch.used_gradients() if watch is not None else set())
             trees.update(sections)
             if "generators" not in trees:
-                trees["generators"] = generators.capture_global()
+                trees["generators"] = self._generators = generators.capture_global(self._generators)
             return self._planner.flatten(trees, _lying_apart(trees), made_once=("generators",))
 
     def _trees(self, used_gradients: set[int]) -> dict[str, object]:

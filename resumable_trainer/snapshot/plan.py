@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 
 _TENSORS = {torch.Tensor, torch.nn.Parameter}
 _HOLDERS = (dict, Plain, list)
+_KEPT_DEPTH = 1  # a section made once, and each of its entries
 _WITHOUT_REFERENCES = 2  # version of the marshal format whose bytes depend on nothing but the value
 _NAMES = {str}
 _PLACES = {str, int}
@@ -52,7 +53,8 @@ class Planner:
         Args:
             sections: Trees by name.
             apart: See there.
-            made_once: Sections whose trees nobody changes once they are made, but for the bytes of their tensors.
+            made_once: Sections whose trees, and what these are made of, nobody changes once they are made, but for the
+                bytes of their tensors. What is the very object of before is not walked.
         """
         apart = apart or {}
         is_planned = self._plan is not None and self._plan.apart == apart
@@ -190,9 +192,10 @@ class _Picked:
 
 @dataclass(frozen=True)
 class _Kept:
-    """A section of the newest state that comes again as the very same object, or not at all."""
+    """A part of the newest state that comes again as the very same object, or not at all."""
 
-    tree: object
+    value: object
+    encoded: Any
     leaves: list[torch.Tensor]
     marked: list[torch.Tensor]
     num_nodes: int
@@ -205,19 +208,15 @@ class _Plan:
     stored: dict[str, _Picked]
     likeness: Likeness
     values: dict[str, Any]  # of the newest state
-    kept: dict[str, _Kept] = field(default_factory=dict)  # of it, too
+    kept: dict[tuple[str, tuple[Any, ...]], _Kept] = field(default_factory=dict)  # of it, too: by section and place
 
     def follow(self, sections: Mapping[str, object], made_once: Collection[str]) -> Flat | None:
         """The state taken apart; None if it has another structure."""
-        follower = _Follower(plan=self)
+        for at in [at for at in self.kept if at[0] not in made_once]:
+            del self.kept[at]
+        follower = _Follower(plan=self, made_once=made_once)
         try:
-            values = {}
-            for name, tree in sections.items():
-                if name in made_once:
-                    values[name] = self._once(follower, name, tree)
-                else:
-                    self.kept.pop(name, None)
-                    values[name] = self._newest(name, follower.section(name, tree))
+            values = {name: self._newest(name, follower.section(name, tree)) for name, tree in sections.items()}
             is_like = follower.done == len(self.nodes) and self.likeness.holds_for(follower.leaves, follower.marked)
         except Exception:  # noqa: BLE001 - taking it apart in full says what is wrong with it, if anything is
             return None
@@ -226,18 +225,6 @@ class _Plan:
         self.values.update(values)
         tensors = {file: picked.out_of(follower.leaves) for file, picked in self.stored.items()}
         return Flat(values, tensors, self)
-
-    def _once(self, follower: _Follower, section: str, tree: object) -> Any:
-        kept = self.kept.get(section)
-        if kept is not None and kept.tree is tree:
-            follower.leaves += kept.leaves
-            follower.marked += kept.marked
-            follower.done += kept.num_nodes
-            return self.values[section]
-        leaves, marked, done = len(follower.leaves), len(follower.marked), follower.done
-        encoded = self._newest(section, follower.section(section, tree))
-        self.kept[section] = _Kept(tree, follower.leaves[leaves:], follower.marked[marked:], follower.done - done)
-        return encoded
 
     def _newest(self, section: str, encoded: Any) -> Any:
         """The object from before, if it holds the very same."""
@@ -256,11 +243,31 @@ class _Follower(TreeWriter):
     """Walks a state along a plan; collects its tensors in their order."""
 
     plan: _Plan = field(kw_only=True)
+    made_once: Collection[str] = field(kw_only=True)
     leaves: list[torch.Tensor] = field(default_factory=list)
     marked: list[torch.Tensor] = field(default_factory=list)
     done: int = 0
 
     def value(self, value: object, path: tuple[Any, ...]) -> Any:
+        if len(path) <= _KEPT_DEPTH and self._section in self.made_once and type(value) in _HOLDERS:
+            return self._once(value, path)
+        return self._walked(value, path)
+
+    def _once(self, value: object, path: tuple[Any, ...]) -> Any:
+        """As before, where it is the very object of before."""
+        kept = self.plan.kept.get((self._section, path))
+        if kept is not None and kept.value is value:
+            self.leaves += kept.leaves
+            self.marked += kept.marked
+            self.done += kept.num_nodes
+            return kept.encoded
+        leaves, marked, done = len(self.leaves), len(self.marked), self.done
+        encoded = self._walked(value, path)
+        found = self.leaves[leaves:], self.marked[marked:], self.done - done
+        self.plan.kept[self._section, path] = _Kept(value, encoded, *found)
+        return encoded
+
+    def _walked(self, value: object, path: tuple[Any, ...]) -> Any:
         kind = type(value)
         if kind in _HOLDERS and self.done < len(self.plan.nodes):
             node = self.plan.nodes[self.done]

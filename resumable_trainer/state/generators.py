@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import random
 from array import array
+from operator import is_
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -52,27 +53,41 @@ def capture_global(before: dict[str, Any] | None = None) -> dict[str, Any]:
     """The state of all global generators; drawing from none.
 
     Args:
-        before: What it gave earlier, and nobody has changed. If that is the state still, it is given again.
+        before: What it gave earlier, and nobody has changed. What in it is the state still is given again, as the very
+            same object; so is the whole, if all of it is.
     """
-    python, legacy = words.python_words(), words.numpy_words()
-    state, accelerators = torch.default_generator.get_state(), _capture_accelerators()
-    if (
-        before is not None
-        and python is not None
-        and python.is_still(before["python"])
-        and legacy is not None
-        and legacy.is_still(before["numpy"])
-        and not accelerators
-        and not before["accelerators"]
-        and torch.equal(state, before["torch"])
-    ):
-        return before
-    return {
-        "python": _pack_python(random.getstate()) if python is None else python.read(),
-        "numpy": np.random.get_state(legacy=False) if legacy is None else legacy.read(),
-        "torch": state,
-        "accelerators": accelerators,
+    known = before or {}
+    accelerators = _capture_accelerators()
+    tree = {
+        "python": _capture_python(known.get("python")),
+        "numpy": _capture_numpy(known.get("numpy")),
+        "torch": _capture_torch(known.get("torch")),
+        "accelerators": accelerators or _empty(known.get("accelerators")),
     }
+    return before if before is not None and all(map(is_, tree.values(), before.values())) else tree
+
+
+def _capture_python(before: dict[str, Any] | None) -> dict[str, Any]:
+    words_now = words.python_words()
+    if words_now is None:
+        return _pack_python(random.getstate())
+    return before if before is not None and words_now.is_still(before) else words_now.read()
+
+
+def _capture_numpy(before: dict[str, Any] | None) -> dict[str, Any]:
+    words_now = words.numpy_words()
+    if words_now is None:
+        return np.random.get_state(legacy=False)
+    return before if before is not None and words_now.is_still(before) else words_now.read()
+
+
+def _empty(before: dict[str, Any] | None) -> dict[str, Any]:
+    return before if before is not None and not before else {}
+
+
+def _capture_torch(before: torch.Tensor | None) -> torch.Tensor:
+    state = torch.default_generator.get_state()
+    return before if before is not None and torch.equal(state, before) else state
 
 
 def restore_global(saved: Mapping[str, Any]) -> list[str]:

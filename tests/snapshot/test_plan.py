@@ -378,3 +378,19 @@ def test_another_object_in_the_place_of_what_was_made_once_is_walked() -> None:
     assert same(planner.flatten(with_more, made_once=["loop"]), flatten(with_more))
     tree["loop"]["generator"].set_(torch.ones(5))  # its bytes may change, and were they another shape, it is seen
     assert same(planner.flatten(tree, made_once=["loop"]), flatten(tree))
+
+
+def test_beside_an_entry_that_is_another_those_made_once_are_not_walked_again() -> None:
+    planner, tree = Planner(), state()
+    for _ in range(3):
+        planner.flatten(tree, made_once=["optimizer"])
+    moments = tree["optimizer"]["state"]
+    other = {**tree, "optimizer": {"state": moments, "param_groups": [{"lr": 0.2, "params": [0, 1]}]}}
+    found = planner.flatten(other, made_once=["optimizer"])
+    assert same(found, flatten(other))
+    assert planner.flatten(tree, made_once=["optimizer"]).structure is found.structure
+    before, moments[0]["step"] = moments[0]["step"], torch.tensor(2.0)  # against what was said
+    assert planner.flatten(other, made_once=["optimizer"]).tensors["optimizer"]["state.0.step"] is before
+    again = {**other, "optimizer": {**other["optimizer"], "state": dict(moments)}}
+    assert same(planner.flatten(again, made_once=["optimizer"]), flatten(again))
+    assert same(planner.flatten(tree), flatten(tree))
