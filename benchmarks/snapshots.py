@@ -72,42 +72,51 @@ def measure_stalls(laps: Laps, *, num_bytes: int, rounds: int, directory: str) -
     save, dcp = TorchSave(root, model, optimizer), Distributed(root, model, optimizer)
     work = jobs.work_of(seconds=num_bytes * _WORK_SECONDS_PER_BYTE)
 
+    def prepare() -> None:
+        """The same page cache and the same moment for all: memory is slower where a lot has just been asked for.
+
+        A virtual machine may have given free memory back, and waits for it again.
+        """
+        settle()
+        (root / "pages").write_bytes(flat)
+        (root / "pages").unlink()
+        jobs.train_once(optimizer)
+
     def overlapped_arm() -> Mapping[str, float]:
         """The call, the wait before the step, and the processor time by which forward and backward are longer.
 
         Not written: what writing costs the steps beside it is the group interference.
         """
-        jobs.train_once(optimizer)
+        prepare()
         alone = processor_time(work)
         manager = overlapped.manager
         called = timed(lambda: manager.stage(manager.capture()))
         longer = processor_time(work) - alone
         return {"overlapped stall": called + timed(manager.settle) + longer}
 
-    def copy() -> Mapping[str, float]:
-        jobs.train_once(optimizer)
-        return {"copy": timed(lambda: [b.copy_(a) for a, b in zip(tensors, copies, strict=True)])}
+    def own_arm() -> Mapping[str, float]:
+        """A plain copy and the snapshot in the same moment, both into memory that was last written a round ago.
 
-    def ready_pages() -> None:
-        """The same page cache for all: a virtual machine may have given free memory back, and wait for it again."""
-        settle()
-        (root / "pages").write_bytes(flat)
-        (root / "pages").unlink()
+        Such memory takes up to three times as long as what was just written: a virtual machine's host has put it away.
+        """
+        prepare()
+        copied = timed(lambda: [b.copy_(a) for a, b in zip(tensors, copies, strict=True)])
+        stall, durable = own.save()
+        settle([own])
+        return {"copy": copied, "own stall": stall, "own durable": durable}
 
     def arm(name: str, saver: Any) -> Mapping[str, float]:
-        jobs.train_once(optimizer)
-        ready_pages()
+        prepare()
         stall, durable = saver.save()
         settle([saver])
         return {f"{name} stall": stall, f"{name} durable": durable}
 
     def raw() -> Mapping[str, float]:
-        ready_pages()
+        prepare()
         return {"raw": raw_write(root / "raw", flat)}
 
     arms = [
-        copy,
-        lambda: arm("own", own),
+        own_arm,
         overlapped_arm,
         raw,
         lambda: {"save": arm("save", save)["save stall"]},
