@@ -88,8 +88,9 @@ def spectral() -> nn.Module:
 
 
 def convolution() -> nn.Module:
+    # Normalised at once, its bias would have no gradient but rounding errors, of which Adam makes whole steps.
     return nn.Sequential(
-        nn.Unflatten(1, (1, 4)), nn.Conv1d(1, 3, 2), nn.BatchNorm1d(3), nn.GELU(), nn.Flatten(), nn.Linear(9, 1)
+        nn.Unflatten(1, (1, 4)), nn.Conv1d(1, 3, 2), nn.GELU(), nn.BatchNorm1d(3), nn.Flatten(), nn.Linear(9, 1)
     )
 
 
