@@ -205,3 +205,9 @@ def test_a_class_that_has_no_room_for_the_words_is_not_read(monkeypatch: pytest.
     monkeypatch.setattr(words.random, "Random", Small)
     assert not words._python_is_as_expected()
     words._python_is_as_expected.cache_clear()
+
+
+def test_generators_of_accelerators_that_are_gone_are_not_given_again() -> None:
+    now = generators.capture_global()
+    before = {**now, "accelerators": {"elsewhere": [torch.zeros(3, dtype=torch.uint8)]}}
+    assert list(generators.capture_global(before)["accelerators"]) == list(now["accelerators"])
