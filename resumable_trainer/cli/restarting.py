@@ -11,9 +11,6 @@ from resumable_trainer.errors import UsageError
 from resumable_trainer.loop import launch
 from resumable_trainer.loop.heartbeat import show_stacks_on_abort
 from resumable_trainer.loop.journal_lines import WARNING, marked
-from resumable_trainer.service.budget import Limits
-from resumable_trainer.service.hooks import Hooks
-from resumable_trainer.service.supervisor import Supervisor, Training
 
 if TYPE_CHECKING:
     import argparse
@@ -24,6 +21,8 @@ if TYPE_CHECKING:
 def prepare(args: argparse.Namespace) -> None:
     """Before the training begins in this process: hooks, and stacks on a SIGABRT if somebody watches."""
     if args.on_event is not None:
+        from resumable_trainer.service.hooks import Hooks
+
         launch.process.handover.on_event = Hooks(args.on_event).noted
     if os.environ.get("NOTIFY_SOCKET") and os.environ.get("WATCHDOG_USEC"):
         show_stacks_on_abort()
@@ -37,6 +36,10 @@ def supervise(args: argparse.Namespace, arguments: Sequence[str], directories: C
         arguments: Of the child: where it begins (`--from`, `--fresh`) is added to the first start's.
         directories: Gives the run directories known to belong to it.
     """
+    from resumable_trainer.service.budget import Limits
+    from resumable_trainer.service.hooks import Hooks
+    from resumable_trainer.service.supervisor import Supervisor, Training
+
     limits = Limits(args.max_failures, args.max_preemptions, args.max_stuck, args.backoff, max(300.0, args.backoff))
     if args.hang_timeout is not None and not args.hang_timeout > 0:
         raise UsageError(f"--hang-timeout is {args.hang_timeout:g}, it must be more than 0")

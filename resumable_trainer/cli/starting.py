@@ -11,7 +11,7 @@ import json
 import os
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from resumable_trainer.cli.restarting import prepare
 from resumable_trainer.durable.files import Files, remove_tree
@@ -21,12 +21,12 @@ from resumable_trainer.loop import heartbeat, launch
 from resumable_trainer.loop.notices import install_excepthook, notices
 from resumable_trainer.loop.script import run_script
 from resumable_trainer.report.summary import DEFAULT_ROOT, is_run, runs_below, summarize
-from resumable_trainer.snapshot.layout import RUN_LOCK
+from resumable_trainer.snapshot.layout import RUN_LOCK, parse_name
 from resumable_trainer.snapshot.store import Store
 
 if TYPE_CHECKING:
     import argparse
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Mapping
 
     from resumable_trainer.loop.launch import Command
 
@@ -169,19 +169,44 @@ def start(command: Command, directories: list[Path], target: Path | None, args: 
 
 
 def _say_done(directory: Path, *, as_json: bool) -> int:
-    summary = summarize(directory)
     if as_json:
-        print(json.dumps(summary.to_json()))
+        print(json.dumps(summarize(directory).to_json()))
         return int(ExitCode.DONE)
-    best = summary.newest.best if summary.newest else None
-    at = summary.newest.position if summary.newest else None
-    words = {"finished": "finished", "stopped_early": "stopped early"}.get(summary.state, "done")
-    place = f" after {at.epoch} epochs, {at.step} steps" if at else ""
-    value = f" | best {best.metric} {best.value:.4f} @ epoch {best.epoch + 1}" if best else ""
-    print(f"{directory}: already {words}{place}{value} | nothing to do")
-    raised = "the patience" if summary.state == "stopped_early" else "the epochs"
+    state, ended = _end_as_noted(directory) or _end_as_saved(directory)
+    words = {"finished": "finished", "stopped_early": "stopped early"}.get(state, "done")
+    print(f"{directory}: already {words}{ended} | nothing to do")
+    raised = "the patience" if state == "stopped_early" else "the epochs"
     print(f"to train further raise {raised} in the script; if something else has changed, add --relaunch")
     return int(ExitCode.DONE)
+
+
+def _end_as_noted(directory: Path) -> tuple[str, str] | None:
+    """How a run ended, and where, by the event of it: no snapshot is read, so it takes no longer if they are large.
+
+    None if the newest snapshot is not the one with which the event says that it ended, or it does not say all.
+    """
+    noted = next(launch.events_from_end(directory, ("finished",)), {})
+    newest = parse_name(next(reversed(Store(directory).names()), ""))
+    try:
+        if newest is None or (noted["step"], noted["epoch"]) != (newest.step, newest.epochs_complete):
+            return None
+        return noted["outcome"], _end_in_words(noted["epoch"], noted["step"], noted["best"])
+    except (KeyError, TypeError, ValueError):  # of an older release, or not as it was written
+        return None
+
+
+def _end_as_saved(directory: Path) -> tuple[str, str]:
+    """The same by the newest snapshot that verifies."""
+    summary = summarize(directory)
+    if summary.newest is None:
+        return summary.state, ""
+    at, best = summary.newest.position, summary.newest.best
+    return summary.state, _end_in_words(at.epoch, at.step, None if best is None else vars(best))
+
+
+def _end_in_words(epochs: int, steps: int, best: Mapping[str, Any] | None) -> str:
+    value = "" if best is None else f" | best {best['metric']} {best['value']:.4f} @ epoch {best['epoch'] + 1}"
+    return f" after {epochs} epochs, {steps} steps{value}"
 
 
 def _check_which(directories: list[Path], target: Path | None, which: str) -> None:

@@ -31,8 +31,6 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from filelock import FileLock, Timeout
-
 from resumable_trainer.durable.digest import close_after_reading, open_regular
 from resumable_trainer.durable.files import Files, make_directories
 from resumable_trainer.errors import RunHeldError, SettingsError, SnapshotWriteError
@@ -97,6 +95,8 @@ class RunLock:
         self._path = Path(path)
         self._files = files if files is not None else Files()
         # thread_local=False: the thread that writes snapshots checks the lock that the training thread took.
+        from filelock import FileLock  # here, for who only reads who holds a run
+
         self._flock = FileLock(str(self._path), timeout=0, thread_local=False, fallback_to_soft=False)
         self._fd = -1  # our own, for the record; the one that carries the flock is filelock's
         self._owner: Owner | None = None
@@ -215,6 +215,8 @@ class RunLock:
         One whose record says that it has gone, or that has none yet, is given an instant: it has just
         won the race and is about to sign, or only notes how the run before this one ended.
         """
+        from filelock import Timeout
+
         deadline = time.monotonic() + _SETTLING_SECONDS
         while True:
             try:

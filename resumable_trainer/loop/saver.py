@@ -158,7 +158,8 @@ class Saver:
 
     def _note_end(self, facts: Facts) -> None:
         """The run has ended, and its end is durable."""
-        self._manager.note("finished", outcome=facts.outcome, **asdict(facts.position))
+        best = None if facts.best is None else asdict(facts.best)
+        self._manager.note("finished", outcome=facts.outcome, best=best, **asdict(facts.position))
 
     def _take_note_of(self, error: SnapshotWriteError) -> None:
         self._failed = error

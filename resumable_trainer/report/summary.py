@@ -149,30 +149,23 @@ def origin_text(origin: dict[str, Any]) -> str | None:
     return None
 
 
-def entries(directory: Path, *, verify: bool = True) -> list[Entry]:
-    """All snapshots of the current line, oldest first; every byte is checked unless told otherwise."""
+def entries(directory: Path) -> list[Entry]:
+    """All snapshots of the current line, oldest first; every byte is checked."""
     store = Store(directory)
     found = []
     for name in store.names():
         manifest, reason = None, None
         try:
-            manifest = store.verify(name) if verify else store.manifest(name)
+            manifest = store.manifest(name)
+            store.verify_files(manifest)
         except SnapshotGoneError:  # retention goes on while we look
             continue
         except DamagedSnapshotError as error:
             if not os.path.lexists(store.path(name)):
                 continue  # whoever holds the run has deleted it meanwhile
             reason = error.message
-            manifest = _manifest_or_none(store, name)
         found.append(Entry(name, store.path(name), manifest, reason))
     return _with_best(found)
-
-
-def _manifest_or_none(store: Store, name: str) -> Manifest | None:
-    try:
-        return store.manifest(name)
-    except (DamagedSnapshotError, SnapshotGoneError):
-        return None
 
 
 def _with_best(found: list[Entry]) -> list[Entry]:

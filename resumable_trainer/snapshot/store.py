@@ -36,8 +36,7 @@ from resumable_trainer.snapshot.layout import (
     ParsedName,
     parse_name,
 )
-from resumable_trainer.snapshot.manifest import from_bytes
-from resumable_trainer.snapshot.verify import read_manifest, verify, verify_outline
+from resumable_trainer.snapshot.verify import read_manifest, verify, verify_files, verify_outline
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -90,6 +89,16 @@ class Store:
         """
         with still_there(self.path(name)):
             return verify(self.path(name))
+
+    def verify_files(self, manifest: Manifest) -> None:
+        """Check every byte that a snapshot's manifest speaks of.
+
+        Raises:
+            DamagedSnapshotError: They are not exactly what was committed.
+            SnapshotGoneError: It was deleted meanwhile.
+        """
+        with still_there(self.path(manifest.name)):
+            verify_files(self.path(manifest.name), manifest)
 
     def newest_to_read(self) -> Manifest | None:
         """The newest snapshot, all of it checked but the digests of its tensor files, if there is one to fall back to.
@@ -222,6 +231,8 @@ class Store:
 
     def write_manifest(self, temporary: Path, manifest: Manifest) -> Manifest:
         """Write the manifest, the last file of a snapshot; the same with the digest that it has now."""
+        from resumable_trainer.snapshot.manifest import from_bytes
+
         data = manifest.to_bytes()
         with self.manifest_file(temporary) as file:
             file.write(data)

@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING
 
 from resumable_trainer.durable.digest import FileDigest, digest_file, reading
 from resumable_trainer.errors import DamagedSnapshotError
-from resumable_trainer.snapshot import manifest as manifest_module
 from resumable_trainer.snapshot.layout import MANIFEST, TENSORS_SUFFIX, Position, snapshot_name
 
 if TYPE_CHECKING:
@@ -32,9 +31,19 @@ def verify(path: Path) -> Manifest:
         OSError: It cannot be read; an I/O error is not "damaged" and not "nothing there".
     """
     manifest = read_manifest(path)
+    verify_files(path, manifest)
+    return manifest
+
+
+def verify_files(path: Path, manifest: Manifest) -> None:
+    """Check every file that a snapshot's manifest lists.
+
+    Raises:
+        DamagedSnapshotError: They are not exactly what was committed; the message says why.
+        OSError: They cannot be read.
+    """
     for name, entry in manifest.files.items():
         verify_file(path, name, entry)
-    return manifest
 
 
 def read_manifest(path: Path) -> Manifest:
@@ -49,6 +58,8 @@ def read_manifest(path: Path) -> Manifest:
         raise _damaged(path, "it is gone") from None
     if not stat.S_ISDIR(mode):
         raise _damaged(path, "it is not a directory")
+    from resumable_trainer.snapshot import manifest as manifest_module  # pydantic takes longer than all else of a look
+
     try:
         with reading(path / MANIFEST) as file:
             data = file.read(manifest_module.MAX_BYTES + 1)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -71,8 +72,9 @@ def test_run_kill_resume_and_look(tmp_path: Path) -> None:
     for args in (("run", "train.py"), ("resume",), ("resume", "runs/mine")):
         again = command(tmp_path, *args, PYTHONPROFILEIMPORTTIME="1")
         assert again.returncode == 0
-        assert "already finished after 3 epochs, 12 steps" in again.stdout
-        assert "| torch" not in again.stderr, "torch was imported"
+        assert "already finished after 3 epochs, 12 steps | best accuracy 2.0000 @ epoch 3 |" in again.stdout
+        for heavy in ("| torch", "| pydantic", "| filelock"):
+            assert heavy not in again.stderr, f"{heavy} was imported"
     for args in (["list"], ["status"], ["show"], ["verify"], ["diff", "4", "12"]):
         looked = command(tmp_path, *args, "--json", PYTHONPROFILEIMPORTTIME="1")
         assert looked.returncode == (1 if args[0] == "diff" else 0), looked.stderr
@@ -114,6 +116,35 @@ def test_run_kill_resume_and_look(tmp_path: Path) -> None:
     fresh = command(tmp_path, "run", "--fresh", "train.py")
     assert fresh.returncode == 0, fresh.stderr
     assert (tmp_path / "runs/mine/set-aside/line-1").is_dir()
+
+
+def test_a_finished_run_says_so_by_its_events_however_large_its_snapshots_are(tmp_path: Path) -> None:
+    write_script(tmp_path)
+    assert command(tmp_path, "run", "train.py").returncode == 0
+    run = tmp_path / "runs/mine"
+    said = "already finished after 3 epochs, 12 steps | best accuracy 2.0000 @ epoch 3 | nothing to do"
+
+    def answer() -> str:
+        done = command(tmp_path, "run", "train.py")
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    tensors = {path: path.read_bytes() for path in (run / "snapshots").glob("*/model.safetensors")}
+    for path in tensors:
+        path.write_bytes(b"not read")
+    assert said in answer()
+    events = (run / "events.jsonl").read_text()
+    (run / "events.jsonl").write_text(events.replace(',"best":{', ',"from-an-older-release":{'))
+    assert "already finished | nothing to do" in answer(), "no snapshot verifies now"
+    for path, data in tensors.items():
+        path.write_bytes(data)
+    assert said in answer()
+    (run / "events.jsonl").write_text(events.replace('"value":2.0', '"value":"two"'))
+    assert said in answer()
+
+    (run / "events.jsonl").write_text(events)
+    shutil.rmtree(run / "snapshots/step-000000012-epoch-000003")
+    assert "already finished after 2 epochs, 8 steps | best accuracy 1.0000 @ epoch 2 | nothing" in answer()
 
 
 def test_stop_makes_the_holder_save_and_leave_and_a_second_start_is_refused(tmp_path: Path) -> None:

@@ -10,12 +10,14 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import math
 import os
 import random
 import resource
 import shutil
 import signal
 import sys
+import time
 from typing import TYPE_CHECKING, Any
 
 import damage
@@ -50,7 +52,7 @@ if TYPE_CHECKING:
     from lab import Lab
 
 MEMORY_BYTES = 2 << 30  # beyond what importing has taken
-CPU_SECONDS, WALL_SECONDS = 10, 60
+CPU_SECONDS, WALL_SECONDS = 5, 60  # for each door alone, and for all of them
 _SHORT_SAMPLE = 60
 _SECRET = b"nobody's business"
 _FORBIDDEN = frozenset(
@@ -127,7 +129,8 @@ def make_sound(scratch: Path) -> None:
     _note_account(scratch / "trained")
     for trained in (False, True):
         with _copied(scratch, "warm", trained=trained) as directory:
-            _quietly(lambda run=directory / "run", trained=trained: _doors(run, refused=False, trained=trained))
+            doors = _doors(directory / "run", refused=False, trained=trained)
+            _quietly(functools.partial(_opened, doors, is_limited=False))
     launch.process.opened.clear()
 
 
@@ -163,7 +166,8 @@ def judge(scratch: Path, number: int) -> Count:
         except PermissionError:  # devices are made by root
             return count
         before = _outside(directory)
-        broken = in_child(lambda: _doors(directory / "run", refused=case.refused, trained=case.trained), directory)
+        doors = _doors(directory / "run", refused=case.refused, trained=case.trained)
+        broken = in_child(functools.partial(_opened, doors, is_limited=True), directory)
         if _outside(directory) != before:
             broken.append("something outside the run directory was changed")
     count.add(case.group, [f"{case.group}: {case.name}: {line}" for line in broken])
@@ -179,26 +183,35 @@ def _outside(directory: Path) -> list[tuple[str, int, bytes]]:
 # -- doors --------------------------------------------------------------------------------------------
 
 
-def _doors(run: Path, *, refused: bool, trained: bool) -> list[str]:
-    """What is broken behind any door; those that change the run come last."""
-    broken = []
-    if not trained:
-        broken += _door("read", lambda: _read(snapshot(run), refused=refused))
+Door = tuple[str, "Callable[[], list[str]]"]
+
+
+def _doors(run: Path, *, refused: bool, trained: bool) -> list[Door]:
+    """Every door, with its name; those that change the run come last."""
+    doors: list[Door] = [] if trained else [("read", lambda: _read(snapshot(run), refused=refused))]
     for command in ("list", "show", "verify", "status"):
-        broken += _door(command, lambda command=command: _command([command, str(run)]))
-    broken += _door("diff", lambda: _command(["diff", f"{run}:1", f"{run}:2"]))
-    if trained:
-        return broken + _door("training", lambda: _train(run))
-    return broken + _door("restore", lambda: _restore(run, refused=refused))
+        doors.append((command, functools.partial(_command, [command, str(run)])))
+    doors.append(("diff", lambda: _command(["diff", f"{run}:1", f"{run}:2"])))
+    return [
+        *doors,
+        ("training", lambda: _train(run)) if trained else ("restore", lambda: _restore(run, refused=refused)),
+    ]
 
 
-def _door(name: str, opened: Callable[[], list[str]]) -> list[str]:
-    try:
-        return [f"{name}: {line}" for line in opened()]
-    except ResumableTrainerError:
-        return []
-    except BaseException as error:  # noqa: BLE001 - whatever it is, a user would see it
-        return [f"{name}: {type(error).__name__}: {str(error)[:200]}"]
+def _opened(doors: list[Door], *, is_limited: bool) -> list[str]:
+    """What is broken behind any door; one that takes too long ends the process, if it is limited."""
+    broken = []
+    for name, door in doors:
+        if is_limited:
+            limit = math.ceil(time.process_time()) + CPU_SECONDS
+            resource.setrlimit(resource.RLIMIT_CPU, (limit, resource.RLIM_INFINITY))
+        try:
+            broken += [f"{name}: {line}" for line in door()]
+        except ResumableTrainerError:
+            pass
+        except BaseException as error:  # noqa: BLE001 - whatever it is, a user would see it
+            broken.append(f"{name}: {type(error).__name__}: {str(error)[:200]}")
+    return broken
 
 
 def _read(path: Path, *, refused: bool) -> list[str]:
@@ -253,7 +266,10 @@ def in_child(doors: Callable[[], list[str]], directory: Path) -> list[str]:
         lines = file.read().splitlines()
     status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
     if status:
-        names = {-signal.SIGXCPU: f"more than {CPU_SECONDS} s of CPU", -signal.SIGALRM: f"more than {WALL_SECONDS} s"}
+        names = {
+            -signal.SIGXCPU: f"a door took more than {CPU_SECONDS} s of CPU",
+            -signal.SIGALRM: f"more than {WALL_SECONDS} s",
+        }
         lines.append(names.get(status, f"ended with status {status}"))
     return lines
 
@@ -262,7 +278,6 @@ def _limit() -> None:
     with open("/proc/self/statm") as file:
         now = int(file.read().split()[0]) * resource.getpagesize()
     resource.setrlimit(resource.RLIMIT_AS, (now + MEMORY_BYTES, now + MEMORY_BYTES))
-    resource.setrlimit(resource.RLIMIT_CPU, (CPU_SECONDS, CPU_SECONDS + 1))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     signal.signal(signal.SIGALRM, signal.SIG_DFL)
     signal.alarm(WALL_SECONDS)

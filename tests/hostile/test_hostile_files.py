@@ -94,6 +94,13 @@ def test_a_verdict_without_the_manifest_s_digests_is_found_out(scratch: Path, mo
     assert opened(scratch, "100,000 files that are not there")
 
 
+def test_a_door_that_never_opens_is_found_out(scratch: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    hostile_files.make_sound(scratch)
+    monkeypatch.setattr(hostile_files, "CPU_SECONDS", 1)
+    monkeypatch.setattr(verify, "verify_file", lambda path, name, entry: all(iter(lambda: True, False)))
+    assert hostile_files.judge(scratch, 0).violations[0].endswith("a door took more than 1 s of CPU")
+
+
 def test_an_enum_that_is_imported_is_found_out(scratch: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import importlib
 
