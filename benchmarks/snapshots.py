@@ -94,29 +94,26 @@ def measure_stalls(laps: Laps, *, num_bytes: int, rounds: int, directory: str) -
         longer = processor_time(work) - alone
         return {"overlapped stall": called + timed(manager.settle) + longer}
 
-    def own_arm() -> Mapping[str, float]:
-        """A plain copy and the snapshot in the same moment, both into memory that was last written a round ago.
+    def plain_copy() -> Mapping[str, float]:
+        """In the same moment as our snapshot, and like that into memory that was last written a round ago.
 
         Such memory takes up to three times as long as what was just written: a virtual machine's host has put it away.
         """
-        prepare()
-        copied = timed(lambda: [b.copy_(a) for a, b in zip(tensors, copies, strict=True)])
-        stall, durable = own.save()
-        settle([own])
-        return {"copy": copied, "own stall": stall, "own durable": durable}
+        return {"copy": timed(lambda: [b.copy_(a) for a, b in zip(tensors, copies, strict=True)])}
 
-    def arm(name: str, saver: Any) -> Mapping[str, float]:
+    def arm(name: str, saver: Any, before: Callable[[], Mapping[str, float]] = dict) -> Mapping[str, float]:
         prepare()
+        found = before()
         stall, durable = saver.save()
         settle([saver])
-        return {f"{name} stall": stall, f"{name} durable": durable}
+        return {**found, f"{name} stall": stall, f"{name} durable": durable}
 
     def raw() -> Mapping[str, float]:
         prepare()
         return {"raw": raw_write(root / "raw", flat)}
 
     arms = [
-        own_arm,
+        lambda: arm("own", own, plain_copy),
         overlapped_arm,
         raw,
         lambda: {"save": arm("save", save)["save stall"]},

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 from torch.compiler import is_compiling
 from torch.optim import Optimizer
 
+from resumable_trainer.loop.late_compiler import without_graph_breaks
 from resumable_trainer.state.modes import heard
 
 if TYPE_CHECKING:
@@ -80,12 +81,15 @@ class LeanOptimizers:
 
     def _step(self, optimizer: Optimizer, stepped: set[int]) -> Callable[..., Any]:
         hooked: Any = type(optimizer).step
-        computes, before, number = hooked.__wrapped__, optimizer.step, id(optimizer)
-        is_told = not is_schedulers(optimizer)  # a scheduler notes the first step
+        computes, before, number = without_graph_breaks(hooked.__wrapped__), optimizer.step, id(optimizer)
+        is_schedulers_, is_noted = is_schedulers(optimizer), _is_noted(optimizer)
+        is_told = not is_schedulers_  # a scheduler notes the first step
 
         @wraps(hooked)
         def step(self_: Any, *args: Any, **kwargs: Any) -> Any:
             nonlocal is_told
+            if not is_told and is_noted:
+                self_._opt_called = is_told = True
             if (
                 not is_told
                 or self_._optimizer_step_pre_hooks
@@ -99,7 +103,7 @@ class LeanOptimizers:
             return result
 
         setattr(step, _LEAN, True)
-        if not is_told:
+        if is_schedulers_:
             step._wrapped_by_lr_sched = True  # type: ignore[attr-defined]
         return step
 
@@ -134,6 +138,11 @@ def is_schedulers(optimizer: Optimizer) -> bool:
     """Whether its `step` is what a learning-rate scheduler has made of its class's, so as to see it called."""
     step: Any = vars(optimizer).get("step")
     return bool(getattr(step, "_wrapped_by_lr_sched", False)) and step.__wrapped__ is type(optimizer).step
+
+
+def _is_noted(optimizer: Optimizer) -> bool:
+    """Whether all that a scheduler does with a step is to note that there was one, where torch does that now."""
+    return is_schedulers(optimizer) and "_opt_called" in optimizer.step.__code__.co_names
 
 
 def _is_wrapped_by_torch(kind: type[Optimizer]) -> bool:

@@ -10,7 +10,7 @@ import contextlib
 from typing import TYPE_CHECKING, Any, Literal, Self
 
 from resumable_trainer.errors import Interrupted, ResumableTrainerError, SettingsError, Stopped, UsageError
-from resumable_trainer.loop import launch
+from resumable_trainer.loop import late_compiler, launch
 from resumable_trainer.loop.divergence import OnDivergence
 from resumable_trainer.loop.keeper import Keeper
 from resumable_trainer.loop.loops import Loops
@@ -33,6 +33,9 @@ if TYPE_CHECKING:
     from resumable_trainer.manager import Outcome
     from resumable_trainer.metrics.early_stopping import EarlyStopping
     from resumable_trainer.snapshot.tree import Flat
+
+
+late_compiler.put_off()  # now: whoever imports this makes an optimizer next
 
 
 class Run:

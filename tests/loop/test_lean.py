@@ -157,8 +157,12 @@ def test_a_profiler_finds_the_ranges_that_it_looks_for() -> None:
     assert names.count("Optimizer.step#Adam.step") == names.count("Optimizer.zero_grad#Adam.zero_grad") == 2
 
 
+@pytest.mark.parametrize("is_known", [True, False])
 @pytest.mark.parametrize("first", ["scheduler", "run"])
-def test_schedulers_find_what_they_look_for(first: str) -> None:
+def test_schedulers_find_what_they_look_for(first: str, is_known: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    if not is_known:
+        monkeypatch.setattr(lean, "_is_noted", lambda optimizer: False)
+
     def schedule(optimizer: Optimizer) -> Any:
         return lr_scheduler.StepLR(optimizer, step_size=1, gamma=0.5)
 

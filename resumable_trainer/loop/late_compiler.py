@@ -1,0 +1,90 @@
+"""torch's compiler is loaded when something is compiled, not when the first optimizer is made.
+
+Why: torch marks some methods of optimizers as not to be compiled, and finds out what that means when one is called
+first: then it imports `torch._dynamo`, and with that sympy and all of `torch.distributed`. That takes two thirds of
+what importing torch takes, and 70 MB, at each start of a training, also of those that compile nothing.
+
+Policy: as long as the compiler is not loaded, nothing is being compiled and such marks mean nothing: what is marked is
+called as it is, so the bits are the same. Whoever asks for the compiler finds the marks as torch has made them: they
+are given back before it is loaded. Where torch does not have them as it did (2.8 to 2.13), nothing is done.
+"""
+
+from __future__ import annotations
+
+import sys
+from contextlib import suppress
+from functools import wraps
+from types import FunctionType
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch.optim import Optimizer
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+try:
+    from torch._compile import _disable_dynamo as marked
+    from torch.optim.optimizer import _use_grad_for_differentiable as keeping_grad_mode
+except ImportError:  # no public parts of torch: where they are not what they were, one does without
+    _is_known = False
+else:
+    _is_known = True
+
+_COMPILER = "torch._dynamo"
+_FOUND_OUT = "__dynamo_disable"  # where a mark keeps what it means
+
+
+def is_loaded() -> bool:
+    """Whether torch's compiler is, or is being loaded."""
+    return _COMPILER in sys.modules
+
+
+def put_off() -> None:
+    """Let the methods that all optimizers have be called without it, from now on and until it is asked for."""
+    if not _is_known or is_loaded():
+        return
+    code = marked(_nothing).__code__
+    methods = [each for each in vars(Optimizer).values() if isinstance(each, FunctionType) and each.__code__ is code]
+    functions = [method.__wrapped__ for method in methods]  # type: ignore[attr-defined]
+    for function in functions:
+        setattr(function, _FOUND_OUT, function)
+    sys.meta_path.insert(0, _GivingBack(functions))
+
+
+class _GivingBack:
+    """Is asked by Python for each module that is not loaded yet, has none, and waits for one name."""
+
+    def __init__(self, functions: list[Any]) -> None:
+        self._functions = functions
+
+    def find_spec(self, name: str, path: object, target: object = None) -> None:
+        """If it is the compiler, all is as before from now on."""
+        if name == _COMPILER:
+            for function in self._functions:
+                vars(function).pop(_FOUND_OUT, None)
+            with suppress(ValueError):  # another thread has asked, too
+                sys.meta_path.remove(self)
+
+
+def without_graph_breaks(step: Callable[..., Any]) -> Callable[..., Any]:
+    """What computes an optimizer's step, without what torch says to its compiler before and after it."""
+    if not _is_known or not isinstance(step, FunctionType) or step.__code__ is not keeping_grad_mode(_nothing).__code__:
+        return step
+    computes: Callable[..., Any] = step.__wrapped__  # type: ignore[attr-defined]
+
+    @wraps(step)
+    def compute(optimizer: Optimizer, *args: Any, **kwargs: Any) -> Any:
+        if is_loaded():
+            return step(optimizer, *args, **kwargs)
+        grad_mode = torch.is_grad_enabled()
+        try:
+            torch.set_grad_enabled(optimizer.defaults["differentiable"])
+            return computes(optimizer, *args, **kwargs)
+        finally:
+            torch.set_grad_enabled(grad_mode)
+
+    return compute
+
+
+def _nothing() -> None: ...
