@@ -42,7 +42,7 @@ def train(run, model, optimizer, scheduler, epochs):
         optimizer.zero_grad()
         loss = model(inputs).square().sum()
         loss.backward()
-        return loss
+        return loss.detach()
     for _ in run.epochs(epochs):
         for _ in run.batches([0, 1]):
             with torch.set_grad_enabled(True):
