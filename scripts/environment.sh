@@ -45,7 +45,11 @@ prepare() {
             --constraint "$repository/scripts/constraints.txt" --editable "$repository[$extra]" || exit 1
         printf '%s\n' "$wanted" > "$stamp"
     fi
+    compile_sources
 }
+
+# As pip does with what it installs: where Python may not write bytecode, each start would compile the sources again.
+compile_sources() { "$python" -m compileall -q "$repository/resumable_trainer" "$repository/benchmarks" || true; }
 
 # Debian packages that some tests need (a systemd and a cron of their own); where they cannot be had, those tests are skipped.
 install_packages() {
