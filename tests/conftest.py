@@ -22,6 +22,9 @@ if TYPE_CHECKING:
 
 PIMA = Path(__file__).resolve().parents[2] / "shared" / "data" / "pima-indians-diabetes.csv"
 
+# A shell starts what it does in the background with SIGINT ignored, and so would each process that a test starts.
+signal.signal(signal.SIGINT, signal.default_int_handler)
+
 # No test fails because the machine is slow; the first run in a fresh checkout also builds tables of Unicode.
 settings.register_profile("unhurried", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("unhurried")
