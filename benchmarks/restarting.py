@@ -84,7 +84,7 @@ def restarts(bench: Bench) -> Iterator[Row]:
     """Against importing torch and setting up, against peers; and a finished run against `python -c pass`."""
     missing = {name: reason for name in _PEERS if (reason := peers.why_not(name))}
     kinds = ["own", *(name for name in _PEERS if name not in missing)]
-    launches = {kind: _launch(bench, kind) for kind in ["bare", *kinds]}
+    launches = {kind: _launch(bench, kind) for kind in ["imports", "bare", *kinds]}
     for kind in kinds:
         launches[kind].until("epoch", times=_KILLED_IN)
 
@@ -93,7 +93,6 @@ def restarts(bench: Bench) -> Iterator[Row]:
         return {kind: found["first"], f"{kind} ready": found.get("ready", 0.0)}
 
     arms = [lambda kind=kind: arm(kind) for kind in launches]
-    arms.append(lambda: {"torch": starting(["-c", "import torch"])})
     m = alternately(arms, rounds=bench.pick(5, 2), warmup=bench.pick(1, 0))
     exact = {kind: _resumes_exactly(bench, launches[kind]) for kind in kinds} if not bench.quick else {}
 
@@ -109,7 +108,7 @@ def restarts(bench: Bench) -> Iterator[Row]:
             yield Row("restart", what, comparison="times faster", goal=goal, skipped=missing[name])
             continue
         theirs = Side(name, m[name], durability="page cache", exact=exact.get(name))
-        bound = Side("python -c 'import torch'", m["torch"])
+        bound = Side("importing torch", m["imports"])
         yield Row("restart", what, own, theirs, "times faster", goal, bound=bound)
     yield from _finished(bench)
 

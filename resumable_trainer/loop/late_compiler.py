@@ -12,7 +12,6 @@ are given back before it is loaded. Where torch does not have them as it did (2.
 from __future__ import annotations
 
 import sys
-from contextlib import suppress
 from functools import wraps
 from types import FunctionType
 from typing import TYPE_CHECKING, Any
@@ -53,7 +52,10 @@ def put_off() -> None:
 
 
 class _GivingBack:
-    """Is asked by Python for each module that is not loaded yet, has none, and waits for one name."""
+    """Is asked by Python for each module that is not loaded yet, has none, and waits for one name.
+
+    It stays, and does nothing any more: a list of finders that shrinks while it is gone through has one left out.
+    """
 
     def __init__(self, functions: list[Any]) -> None:
         self._functions = functions
@@ -61,10 +63,9 @@ class _GivingBack:
     def find_spec(self, name: str, path: object, target: object = None) -> None:
         """If it is the compiler, all is as before from now on."""
         if name == _COMPILER:
-            for function in self._functions:
+            functions, self._functions = self._functions, []
+            for function in functions:
                 vars(function).pop(_FOUND_OUT, None)
-            with suppress(ValueError):  # another thread has asked, too
-                sys.meta_path.remove(self)
 
 
 def without_graph_breaks(step: Callable[..., Any]) -> Callable[..., Any]:
