@@ -159,7 +159,7 @@ def test_cores_are_counted_where_the_system_does_not_say_which_are_ours(monkeypa
     assert staging._num_cores() == os.cpu_count()
 
 
-@pytest.mark.parametrize("num_bytes", [1000, staging._OWN_PAGES_BYTES])
+@pytest.mark.parametrize("num_bytes", [1000, staging._HUGE_BYTES])
 def test_a_forked_process_stages_into_pages_of_its_own_and_changes_nothing_here(num_bytes: int) -> None:
     arena, live = Arena(), {"s": {"x": torch.full((num_bytes,), 7, dtype=torch.uint8)}}
     staged = arena.stage(live)
@@ -178,7 +178,7 @@ def test_a_forked_process_stages_into_pages_of_its_own_and_changes_nothing_here(
 @pytest.mark.skipif(not os.path.exists("/proc/self/smaps"), reason="needs smaps")
 def test_large_memory_is_not_shared_with_forked_processes() -> None:
     """Shared pages are copied at the next snapshot, each by a fault, and then are there twice."""
-    memory, is_private = staging._memory(staging._OWN_PAGES_BYTES)
+    memory, is_private = staging._memory(staging._HUGE_BYTES)
     assert is_private
     flags = ""
     with open("/proc/self/smaps") as smaps:
@@ -196,8 +196,8 @@ def test_large_memory_is_not_shared_with_forked_processes() -> None:
 def test_a_system_that_knows_no_advice_stages_all_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(staging, "_MADV_WIPEONFORK", 12345)
     for _ in range(2):
-        memory, is_private = staging._memory(staging._OWN_PAGES_BYTES)
-        assert memory.numel() == staging._OWN_PAGES_BYTES
+        memory, is_private = staging._memory(staging._HUGE_BYTES)
+        assert memory.numel() == staging._HUGE_BYTES
         assert not is_private
         monkeypatch.delattr(staging.mmap, "MAP_PRIVATE", raising=False)
 
