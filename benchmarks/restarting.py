@@ -99,7 +99,7 @@ def restarts(bench: Bench) -> Iterator[Row]:
     what = "kill to first resumed step: classic job"
     own = Side("own", m["own"], durability="synced and verified", exact=exact.get("own"))
     note = "" if exact else "whether each resumes exactly is tried in the full form only"
-    setup = Side("import torch + set-up", m["bare ready"])
+    setup, bound = Side("import torch + set-up", m["bare ready"]), Side("importing torch", m["imports"])
     yield Row("restart", what, own, setup, "difference", Goal(0.3), note=note)
     yield Row("restart", what, own, Side("the same + its first step", m["bare"]), "difference")
     for name in _PEERS:
@@ -108,7 +108,6 @@ def restarts(bench: Bench) -> Iterator[Row]:
             yield Row("restart", what, comparison="times faster", goal=goal, skipped=missing[name])
             continue
         theirs = Side(name, m[name], durability="page cache", exact=exact.get(name))
-        bound = Side("importing torch", m["imports"])
         yield Row("restart", what, own, theirs, "times faster", goal, bound=bound)
     yield from _finished(bench)
 

@@ -30,6 +30,8 @@ if TYPE_CHECKING:
 
     from resumable_trainer.loop.launch import Command
 
+_DONE = {"finished": "finished", "stopped_early": "stopped early"}  # how a run ended, in words
+
 
 def command_of(args: argparse.Namespace) -> Command:
     """The command named by TARGET, `-m` and the arguments behind it."""
@@ -173,8 +175,7 @@ def _say_done(directory: Path, *, as_json: bool) -> int:
         print(json.dumps(summarize(directory).to_json()))
         return int(ExitCode.DONE)
     state, ended = _end_as_noted(directory) or _end_as_saved(directory)
-    words = {"finished": "finished", "stopped_early": "stopped early"}.get(state, "done")
-    print(f"{directory}: already {words}{ended} | nothing to do")
+    print(f"{directory}: already {_DONE.get(state, 'done')}{ended} | nothing to do")
     raised = "the patience" if state == "stopped_early" else "the epochs"
     print(f"to train further raise {raised} in the script; if something else has changed, add --relaunch")
     return int(ExitCode.DONE)
@@ -185,10 +186,13 @@ def _end_as_noted(directory: Path) -> tuple[str, str] | None:
 
     None if the newest snapshot is not the one with which the event says that it ended, or it does not say all.
     """
-    noted = next(launch.events_from_end(directory, ("finished",)), {})
+    # Of a commit without an end after it nothing is known, and nothing older is looked for.
+    noted = next(launch.events_from_end(directory, ("finished", "committed")), {})
     newest = parse_name(next(reversed(Store(directory).names()), ""))
     try:
-        if newest is None or (noted["step"], noted["epoch"]) != (newest.step, newest.epochs_complete):
+        if newest is None or noted["outcome"] not in _DONE:
+            return None
+        if (noted["step"], noted["epoch"]) != (newest.step, newest.epochs_complete):
             return None
         return noted["outcome"], _end_in_words(noted["epoch"], noted["step"], noted["best"])
     except (KeyError, TypeError, ValueError):  # of an older release, or not as it was written

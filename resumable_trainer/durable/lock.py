@@ -92,11 +92,11 @@ class RunLock:
     """
 
     def __init__(self, path: Path, *, files: Files | None = None) -> None:
+        from filelock import FileLock  # here, for who only reads who holds a run
+
         self._path = Path(path)
         self._files = files if files is not None else Files()
         # thread_local=False: the thread that writes snapshots checks the lock that the training thread took.
-        from filelock import FileLock  # here, for who only reads who holds a run
-
         self._flock = FileLock(str(self._path), timeout=0, thread_local=False, fallback_to_soft=False)
         self._fd = -1  # our own, for the record; the one that carries the flock is filelock's
         self._owner: Owner | None = None

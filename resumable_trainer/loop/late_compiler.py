@@ -17,19 +17,14 @@ from types import FunctionType
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch.optim import Optimizer
+from torch.optim import Optimizer, optimizer
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-try:
-    from torch._compile import _disable_dynamo as marked
-    from torch.optim.optimizer import _use_grad_for_differentiable as keeping_grad_mode
-except ImportError:  # no public parts of torch: where they are not what they were, one does without
-    _is_known = False
-else:
-    _is_known = True
-
+# No public parts of torch: where they are not there, one does without.
+_marking = getattr(torch, "_disable_dynamo", None)
+_keeping_grad_mode = getattr(optimizer, "_use_grad_for_differentiable", None)
 _COMPILER = "torch._dynamo"
 _FOUND_OUT = "__dynamo_disable"  # where a mark keeps what it means
 
@@ -41,14 +36,13 @@ def is_loaded() -> bool:
 
 def put_off() -> None:
     """Let the methods that all optimizers have be called without it, from now on and until it is asked for."""
-    if not _is_known or is_loaded():
+    if is_loaded():
         return
-    code = marked(_nothing).__code__
-    methods = [each for each in vars(Optimizer).values() if isinstance(each, FunctionType) and each.__code__ is code]
-    functions = [method.__wrapped__ for method in methods]  # type: ignore[attr-defined]
+    functions = [method.__wrapped__ for method in vars(Optimizer).values() if is_wrapped_by(_marking, method)]
     for function in functions:
         setattr(function, _FOUND_OUT, function)
-    sys.meta_path.insert(0, _GivingBack(functions))
+    if functions:
+        sys.meta_path.insert(0, _GivingBack(functions))
 
 
 class _GivingBack:
@@ -70,7 +64,7 @@ class _GivingBack:
 
 def without_graph_breaks(step: Callable[..., Any]) -> Callable[..., Any]:
     """What computes an optimizer's step, without what torch says to its compiler before and after it."""
-    if not _is_known or not isinstance(step, FunctionType) or step.__code__ is not keeping_grad_mode(_nothing).__code__:
+    if not is_wrapped_by(_keeping_grad_mode, step):
         return step
     computes: Callable[..., Any] = step.__wrapped__  # type: ignore[attr-defined]
 
@@ -86,6 +80,16 @@ def without_graph_breaks(step: Callable[..., Any]) -> Callable[..., Any]:
             torch.set_grad_enabled(grad_mode)
 
     return compute
+
+
+def is_wrapped_by(decorator: Callable[..., Any] | None, function: Any) -> bool:
+    """Whether a function is what one of torch's decorators makes of another, and nothing that was put around that."""
+    return (
+        decorator is not None
+        and isinstance(function, FunctionType)
+        and function.__code__ is decorator(_nothing).__code__
+        and isinstance(getattr(function, "__wrapped__", None), FunctionType)
+    )
 
 
 def _nothing() -> None: ...

@@ -13,13 +13,13 @@ from __future__ import annotations
 
 import contextlib
 from functools import wraps
-from types import FunctionType, MethodType
+from types import MethodType
 from typing import TYPE_CHECKING, Any
 
 from torch.compiler import is_compiling
 from torch.optim import Optimizer
 
-from resumable_trainer.loop.late_compiler import without_graph_breaks
+from resumable_trainer.loop.late_compiler import is_wrapped_by, without_graph_breaks
 from resumable_trainer.state.modes import heard
 
 if TYPE_CHECKING:
@@ -60,7 +60,9 @@ class LeanOptimizers:
 
     def _make_lean(self, optimizer: Optimizer, watch: StepWatch) -> None:
         own = vars(optimizer)
-        if _is_wrapped_by_torch(type(optimizer)) and ("step" not in own or is_schedulers(optimizer)):
+        if is_wrapped_by(Optimizer.profile_hook_step, type(optimizer).step) and (
+            "step" not in own or is_schedulers(optimizer)
+        ):
             self._put(optimizer, "step", self._step(optimizer, watch.stepped))
         if type(optimizer).zero_grad is Optimizer.zero_grad and "zero_grad" not in own:
             self._put(optimizer, "zero_grad", self._zero_grad(optimizer))
@@ -82,8 +84,8 @@ class LeanOptimizers:
     def _step(self, optimizer: Optimizer, stepped: set[int]) -> Callable[..., Any]:
         hooked: Any = type(optimizer).step
         computes, before, number = without_graph_breaks(hooked.__wrapped__), optimizer.step, id(optimizer)
-        is_schedulers_, is_noted = is_schedulers(optimizer), _is_noted(optimizer)
-        is_told = not is_schedulers_  # a scheduler notes the first step
+        is_noted = _is_noted(optimizer)
+        is_told = not is_schedulers(optimizer)  # a scheduler notes the first step
 
         @wraps(hooked)
         def step(self_: Any, *args: Any, **kwargs: Any) -> Any:
@@ -103,7 +105,7 @@ class LeanOptimizers:
             return result
 
         setattr(step, _LEAN, True)
-        if is_schedulers_:
+        if not is_told:
             step._wrapped_by_lr_sched = True  # type: ignore[attr-defined]
         return step
 
@@ -143,16 +145,3 @@ def is_schedulers(optimizer: Optimizer) -> bool:
 def _is_noted(optimizer: Optimizer) -> bool:
     """Whether all that a scheduler does with a step is to note that there was one, where torch does that now."""
     return is_schedulers(optimizer) and "_opt_called" in optimizer.step.__code__.co_names
-
-
-def _is_wrapped_by_torch(kind: type[Optimizer]) -> bool:
-    """Whether its `step` is torch's wrapper, and no function that somebody has put around that."""
-    step: Any = kind.step
-    return (
-        isinstance(step, FunctionType)
-        and step.__code__ is Optimizer.profile_hook_step(_nothing).__code__
-        and isinstance(getattr(step, "__wrapped__", None), FunctionType)
-    )
-
-
-def _nothing() -> None: ...

@@ -25,7 +25,7 @@ from torch import nn
 from torch.optim import lr_scheduler
 if sys.argv[1] == "loaded":
     import torch._dynamo
-from resumable_trainer import Run, SnapshotPolicy
+from resumable_trainer import Run
 
 MAKE = {
     "SGD": lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9),
@@ -133,7 +133,8 @@ def test_where_torch_is_not_what_it_was_nothing_is_done(monkeypatch: pytest.Monk
     assert late_compiler.without_graph_breaks(torchs) is not torchs
     assert late_compiler.without_graph_breaks(plain) is plain
     assert late_compiler.without_graph_breaks(torch.no_grad()(plain)) is not torchs
-    monkeypatch.setattr(late_compiler, "_is_known", False)
+    for name in ("_marking", "_keeping_grad_mode"):
+        monkeypatch.setattr(late_compiler, name, None)
     assert late_compiler.without_graph_breaks(torchs) is torchs
     monkeypatch.setattr(late_compiler, "is_loaded", lambda: False)
     before = sys.meta_path.copy()
