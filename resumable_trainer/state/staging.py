@@ -27,18 +27,23 @@ from resumable_trainer.state.on_device import AT_ONCE_BYTES, Carrier, Devices, P
 from resumable_trainer.state.overlap import Copying
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+    from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 
     from resumable_trainer.state.cuda import Cuda
     from resumable_trainer.state.on_device import Crossing
 
 Named = dict[str, dict[str, torch.Tensor]]
+# Targets and their sources; or a tensor, and the rows of which it is to consist.
+Portion = tuple["Sequence[torch.Tensor] | torch.Tensor", "Sequence[torch.Tensor]"]
 _ALIGNMENT = 64  # of the first tensor of a section; the others follow without gaps that their dtype does not ask for
 _HUGE_BYTES = 8 << 20  # from here on memory comes in huge pages, where the system has them
-_MANY_TENSORS = 1024  # from here on the calls cost more than their bytes, and two threads share them
+_MANY_TENSORS = 1024  # from here on the calls cost more than their bytes, and threads share them
+_LARGE_BYTES = 64 << 20  # from here on a thread more is worth its start: one core leaves the memory half idle
+_PORTION_BYTES = 4 << 20
+_MOST_THREADS = 4
 _MADV_WIPEONFORK = 18
 _WORTH_ROWS = 16  # fewer are not worth a call of their own
-_MOST_ROWS = 256  # more are shared by two threads
+_MOST_ROWS = 256  # more are cut up, for threads to share
 _SMALL_BYTES = 64 << 10  # a larger tensor has a call of its own, which copies it faster
 
 
@@ -117,7 +122,9 @@ class Arena:
         # At once before the thread begins: it would only make this slower.
         copy_into([target for wait, target, _ in pairs if not wait], [source for wait, _, source in pairs if not wait])
         self._copying = Copying(
-            copy_into, [target for wait, target, _ in pairs if wait], [source for wait, _, source in pairs if wait]
+            partial(copy_into, may_share=False),
+            [target for wait, target, _ in pairs if wait],
+            [source for wait, _, source in pairs if wait],
         )
         self._is_awaited = False
         return self._staged
@@ -271,41 +278,89 @@ def _continues(sources: Sequence[torch.Tensor], targets: Sequence[torch.Tensor],
     )
 
 
-def copy_into(targets: Sequence[torch.Tensor], sources: Sequence[torch.Tensor], rows: Sequence[Rows] = ()) -> None:
+def copy_into(
+    targets: Sequence[torch.Tensor],
+    sources: Sequence[torch.Tensor],
+    rows: Sequence[Rows] = (),
+    *,
+    may_share: bool = True,
+) -> None:
     """Copy each tensor of `sources` into the one of `targets` at the same place; blocks until all are copied.
 
     Args:
-        targets: Of the shapes and dtypes of the sources.
+        targets: Of the shapes and dtypes of the sources, dense and row-major.
         sources: Live tensors.
         rows: Found among tensors of the very same shapes, dtypes and devices.
+        may_share: Whether other threads may take a share of what is large or many.
     """
-    if len(sources) < _MANY_TENSORS or _num_cores() < 2:
-        _copy_all(targets, sources, rows, 0, len(sources))
-        return
-    half = len(sources) // 2
-    half = next((each.end for each in rows if each.first < half < each.end), half)
-    with ThreadPoolExecutor(1, thread_name_prefix="staging") as pool:
-        other = pool.submit(_copy_all, targets, sources, rows, half, len(sources))
-        _copy_all(targets, sources, rows, 0, half)
-        other.result()
-
-
-def _copy_all(
-    targets: Sequence[torch.Tensor], sources: Sequence[torch.Tensor], rows: Sequence[Rows], first: int, end: int
-) -> None:
-    """Copy those from `first` up to `end`; no rows may be on both sides of either."""
+    num_threads = _num_threads(sources) if may_share else 1
     with torch.inference_mode():
-        for each in rows:
-            if first <= each.first and each.end <= end:
-                _copy_each(targets[first : each.first], sources[first : each.first])
-                torch.cat([*sources[each.first : each.end]], out=each.whole)
-                first = each.end
-        _copy_each(targets[first:end], sources[first:end])
+        portions = _in_order(targets, sources, rows)
+        if num_threads > 1:
+            portions = iter([*_cut_up(portions)])
+    if num_threads == 1:
+        _copy_all(portions)
+        return
+    # Whoever is free takes the next: a thread whose core is busy holds the others up for one portion at most.
+    with ThreadPoolExecutor(num_threads - 1, thread_name_prefix="staging") as pool:
+        others = [pool.submit(_copy_all, portions) for _ in range(num_threads - 1)]
+        _copy_all(portions)
+        for other in others:
+            other.result()
 
 
-def _copy_each(targets: Sequence[torch.Tensor], sources: Sequence[torch.Tensor]) -> None:
-    if targets:
-        torch._foreach_copy_(targets, sources)  # type: ignore[arg-type]
+def _num_threads(sources: Sequence[torch.Tensor]) -> int:
+    """How many a copy is worth. What is large torch shares out itself, where it has been given threads for that."""
+    is_worth_it = len(sources) >= _MANY_TENSORS or (
+        torch.get_num_threads() == 1 and sum(source.nbytes for source in sources) >= _LARGE_BYTES
+    )
+    return min(_num_cores(), _MOST_THREADS) if is_worth_it else 1
+
+
+def _copy_all(portions: Iterable[Portion]) -> None:
+    with torch.inference_mode():
+        for target, sources in portions:
+            if isinstance(target, torch.Tensor):
+                torch.cat([*sources], out=target)
+            else:
+                torch._foreach_copy_(target, sources)  # type: ignore[arg-type]
+
+
+def _in_order(
+    targets: Sequence[torch.Tensor], sources: Sequence[torch.Tensor], rows: Sequence[Rows]
+) -> Iterator[Portion]:
+    """All of it in as few calls as it takes."""
+    done = 0
+    for each in rows:
+        if each.first > done:
+            yield targets[done : each.first], sources[done : each.first]
+        yield each.whole, sources[each.first : each.end]
+        done = each.end
+    if len(sources) > done:
+        yield targets[done:], sources[done:]
+
+
+def _cut_up(portions: Iterable[Portion]) -> Iterator[Portion]:
+    """The same in calls none of which takes long."""
+    for targets, sources in portions:
+        if isinstance(targets, torch.Tensor):
+            yield targets, sources
+            continue
+        first = num_bytes = 0
+        for number, (target, source) in enumerate(zip(targets, sources, strict=True)):
+            is_large = source.nbytes > _PORTION_BYTES and source.is_cpu and source.is_contiguous()
+            if is_large or num_bytes > _PORTION_BYTES or number - first >= _MOST_ROWS:
+                if number > first:
+                    yield targets[first:number], sources[first:number]
+                first, num_bytes = number, 0
+            num_bytes += source.nbytes
+            if is_large:
+                count = _PORTION_BYTES // source.element_size()
+                pieces = zip(torch.split(target.view(-1), count), torch.split(source.view(-1), count), strict=True)
+                yield from (([into], [piece]) for into, piece in pieces)
+                first, num_bytes = number + 1, 0
+        if len(sources) > first:
+            yield targets[first:], sources[first:]
 
 
 def _call_all(calls: Iterable[Callable[[], object]]) -> None:

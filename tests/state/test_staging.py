@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import threading
+import time
 from typing import Any
 
 import pytest
@@ -138,6 +139,47 @@ def test_many_tensors_are_all_copied_however_many_cores_there_are(monkeypatch: p
     monkeypatch.setattr(staging, "_num_cores", lambda: cores)
     live = {"s": {str(n): torch.randn(n % 7) for n in range(2 * staging._MANY_TENSORS + 1)}}
     assert equal(Arena().stage(live), live)
+
+
+@pytest.mark.parametrize("cores", [1, 2, 9])
+def test_a_large_state_is_cut_up_for_threads_and_whole_again(monkeypatch: pytest.MonkeyPatch, cores: int) -> None:
+    monkeypatch.setattr(staging, "_num_cores", lambda: cores)
+    monkeypatch.setattr(staging, "_LARGE_BYTES", 1000)
+    monkeypatch.setattr(staging, "_PORTION_BYTES", 100)
+    monkeypatch.setattr(staging, "_MOST_ROWS", 5)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
+    threads = set()
+
+    def noted(targets: list[torch.Tensor], sources: list[torch.Tensor]) -> None:
+        threads.add(threading.get_ident())
+        assert len(sources) == 1 or sum(source.nbytes for source in sources[:-1]) <= 100
+        assert len(sources) <= 5
+        time.sleep(0.001)  # nobody copies all of it before the others have begun
+        copy(targets, sources)
+
+    copy = torch._foreach_copy_
+    monkeypatch.setattr(torch, "_foreach_copy_", noted if cores > 1 else copy)
+    live = {
+        "s": {
+            "large": nn.Parameter(torch.randn(33, 7)),
+            "small": torch.randn(3),
+            "flipped": torch.randn(40, 9).t(),
+            "conjugate": torch.randn(100, dtype=torch.complex64).conj(),
+            "empty": torch.empty(0, 5),
+            "number": torch.tensor(7),
+            "half": torch.randn(301).to(torch.bfloat16),
+        },
+        "t": {str(n): torch.randn(n) for n in range(23)} | {"last": torch.arange(1001, dtype=torch.uint8)},
+    }
+    assert equal(Arena().stage(live), live)
+    assert cores == 1 or 1 < len(threads) <= min(cores, staging._MOST_THREADS)
+
+
+def test_a_large_state_is_left_to_torch_where_it_has_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(staging, "_num_cores", lambda: 2)
+    monkeypatch.setattr(staging, "_LARGE_BYTES", 1000)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    assert staging._num_threads([torch.ones(1000)]) == 1
 
 
 def test_an_error_of_the_other_thread_is_raised(monkeypatch: pytest.MonkeyPatch) -> None:
