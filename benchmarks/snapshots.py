@@ -5,6 +5,7 @@ A stall is the time taken from the training thread. Every group runs in a proces
 
 from __future__ import annotations
 
+import mmap
 import os
 import random
 import shutil
@@ -201,7 +202,8 @@ def interference(bench: Bench) -> Iterator[Row]:
 def measure_interference(laps: Laps, *, num_bytes: int, rounds: int, directory: str) -> None:
     """For a child: steps while a snapshot is written, while the same bytes are, and while nothing is."""
     big, optimizer_of_big = jobs.big_state(num_bytes)
-    flat = memoryview(torch.ones(num_bytes, dtype=torch.uint8).numpy())
+    flat = memoryview(mmap.mmap(-1, num_bytes))  # it begins with a page, as what is staged does
+    torch.frombuffer(flat, dtype=torch.uint8).fill_(1)
     own = Own(Path(directory), {"model": big, "optimizer": optimizer_of_big}, keep=False)
     job = jobs.LONG
     model, batch = job.model(), jobs.batch_size_for(job, 0.005)

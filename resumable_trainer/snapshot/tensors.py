@@ -6,7 +6,8 @@ gaps. Any safetensors reader opens the files. The library's own writer is not us
 times as long as writing the same bytes.
 
 Writing copies no large tensor: its memory goes to the file as it is, hashed on the way. Tensors that lie one behind
-the other are written as one, small pieces are gathered.
+the other are written as one, small pieces are gathered. The data of a large file begin at a block of the disk, as what
+is staged does in memory, so that they can go past the page cache.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 
 from resumable_trainer.durable.digest import Digest
+from resumable_trainer.durable.files import BLOCK_BYTES
 from resumable_trainer.errors import UnsafeValueError
 from resumable_trainer.snapshot.raw import MAX_HEADER_BYTES, MAX_TENSORS, RawTensorFile
 
@@ -30,6 +32,8 @@ if TYPE_CHECKING:
     from resumable_trainer.durable.digest import FileDigest
 
 _ALIGNMENT = 8
+_LARGE_BYTES = 64 << 20  # such data begin with a block of the disk
+_LENGTH = struct.Struct("<Q")
 _GATHER_BYTES = 1 << 20  # small tensors are written together in pieces of about this size
 
 _DTYPE_NAMES = {
@@ -95,7 +99,7 @@ class Image:
 
     def __init__(self, tensors: Mapping[str, torch.Tensor]) -> None:
         header = _header(tensors)
-        self._pieces: list[Buffer] = [struct.pack("<Q", len(header)) + header, *_runs(tensors)]
+        self._pieces: list[Buffer] = [_LENGTH.pack(len(header)) + header, *_runs(tensors)]
         self.num_bytes = sum(memoryview(piece).nbytes for piece in self._pieces)
 
     def write(self, file: Sink) -> None:
@@ -146,7 +150,7 @@ def _header(tensors: Mapping[str, torch.Tensor]) -> bytes:
         shape = list(tensor.shape)
         fields[name] = {"dtype": _CODES[tensor.dtype], "shape": shape, "data_offsets": [begin, end]}
     text = json.dumps(fields, separators=(",", ":"), ensure_ascii=False).encode()
-    if len(tensors) > MAX_TENSORS or len(text) > MAX_HEADER_BYTES - _ALIGNMENT:
+    if len(tensors) > MAX_TENSORS or len(text) > MAX_HEADER_BYTES - BLOCK_BYTES:
         raise UnsafeValueError(
             f"a part of the state has {len(tensors):,} tensors, whose names and shapes take {len(text):,} bytes;"
             f" at most {MAX_TENSORS:,} in {MAX_HEADER_BYTES:,} are read back",
@@ -154,7 +158,8 @@ def _header(tensors: Mapping[str, torch.Tensor]) -> bytes:
             expected=MAX_TENSORS,
             hint="hand it over as several parts",
         )
-    return text.ljust(-(-len(text) // _ALIGNMENT) * _ALIGNMENT)
+    alignment = _ALIGNMENT if end < _LARGE_BYTES else BLOCK_BYTES
+    return text.ljust(-(-(_LENGTH.size + len(text)) // alignment) * alignment - _LENGTH.size)
 
 
 def _runs(tensors: Mapping[str, torch.Tensor]) -> Iterator[memoryview]:

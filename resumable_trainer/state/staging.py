@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 Named = dict[str, dict[str, torch.Tensor]]
 # Targets and their sources; or a tensor, and the rows of which it is to consist.
 Portion = tuple["Sequence[torch.Tensor] | torch.Tensor", "Sequence[torch.Tensor]"]
-_ALIGNMENT = 64  # of the first tensor of a section; the others follow without gaps that their dtype does not ask for
+_ALIGNMENT = mmap.PAGESIZE  # of a section, so that it can go to the disk as it lies; gaps within as dtypes ask for
 _HUGE_BYTES = 8 << 20  # from here on memory comes in huge pages, where the system has them
 _MANY_TENSORS = 1024  # from here on the calls cost more than their bytes, and threads share them
 _LARGE_BYTES = 64 << 20  # from here on a thread more is worth its start: one core leaves the memory half idle

@@ -3,6 +3,8 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import errno
+import fcntl
+import mmap
 import os
 import signal
 import subprocess
@@ -471,3 +473,135 @@ def test_a_cut_file_is_cut(tmp_path: Path) -> None:
     Files().truncate(fd, 4)
     Files().close(fd)
     assert (tmp_path / "f").read_bytes() == b"0123"
+
+
+class Recorded(Files):
+    """Notes of each write how many bytes it took, and whether they went past the page cache."""
+
+    def __init__(self) -> None:
+        self.writes: list[tuple[int, bool]] = []
+
+    def is_past_cache(self, fd: int) -> bool:
+        return bool(fcntl.fcntl(fd, fcntl.F_GETFL) & getattr(os, "O_DIRECT", 0))
+
+    def write(self, fd: int, data: Any) -> int:
+        self.writes.append((memoryview(data).nbytes, self.is_past_cache(fd)))
+        return super().write(fd, data)
+
+    def past_cache(self) -> int:
+        return sum(num_bytes for num_bytes, is_past in self.writes if is_past)
+
+
+def pages(num_bytes: int) -> memoryview:
+    """Memory that begins with a page, as that of staged tensors does."""
+    view = memoryview(mmap.mmap(-1, num_bytes))
+    view[:] = np.random.default_rng(1).integers(0, 256, num_bytes, dtype=np.uint8).data
+    return view
+
+
+@pytest.fixture
+def disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A directory where writes can go past the page cache, and need not be large for it."""
+    monkeypatch.setattr(files_module, "_BYPASS_BYTES", 1 << 16)
+    monkeypatch.setattr(files_module, "_PIECE_BYTES", 1 << 15)
+    with (tmp_path / "try").open("wb") as file:
+        if not Files().bypass_page_cache(file.fileno(), wanted=True):
+            pytest.skip(f"{tmp_path} lies on a file system whose page cache cannot be gone past")
+    return tmp_path
+
+
+def test_what_is_large_and_lies_alike_goes_past_the_page_cache(disk: Path) -> None:
+    files, data = Recorded(), pages(300_001)
+    with NewFile(disk / "f", files=files) as file:
+        file.write(b"h" * 4096)
+        file.write(data)
+        file.write(b"end")
+    whole = b"h" * 4096 + bytes(data) + b"end"
+    assert (disk / "f").read_bytes() == whole
+    assert file.digest.digest == digest_bytes(whole)
+    assert files.past_cache() == 300_001 // 4096 * 4096
+    assert [is_past for _, is_past in files.writes][-2:] == [False, False], "what is no whole block"
+
+
+@pytest.mark.parametrize("case", ["small", "other memory", "within a block", "read-only"])
+def test_what_is_small_or_lies_otherwise_goes_through_the_page_cache(disk: Path, case: str) -> None:
+    files, data = Recorded(), pages(300_000)
+    given = {"small": data[: (1 << 16) - 1], "other memory": data[512:], "read-only": data.toreadonly()}.get(case, data)
+    head = b"h" * (100 if case == "within a block" else 4096)
+    with NewFile(disk / "f", files=files) as file:
+        file.write(head)
+        file.write(given)
+    assert (disk / "f").read_bytes() == head + bytes(given)
+    assert files.past_cache() == 0
+
+
+def test_a_file_system_that_refuses_a_write_past_its_cache_gets_it_through_it(disk: Path) -> None:
+    class Refusing(Recorded):
+        def write(self, fd: int, data: Any) -> int:
+            if self.is_past_cache(fd) and len(self.writes) == 3:
+                raise OSError(errno.EINVAL, "larger blocks")
+            return super().write(fd, data)
+
+    files, data = Refusing(), pages(300_000)
+    with NewFile(disk / "f", files=files) as file:
+        file.write(data)
+    assert (disk / "f").read_bytes() == bytes(data)
+    assert file.digest.digest == digest_bytes(bytes(data))
+    assert files.past_cache() == 3 << 15
+
+
+def test_a_short_write_past_the_cache_that_ends_within_a_block_is_continued(disk: Path) -> None:
+    class Short(Recorded):
+        def write(self, fd: int, data: Any) -> int:
+            if len(self.writes) == 1:  # the kernel takes no part of a block past its cache: so it is told afterwards
+                taken = super().write(fd, data)
+                os.lseek(fd, 100 - taken, os.SEEK_CUR)
+                return 100
+            return super().write(fd, data)
+
+    files, data = Short(), pages(300_000)
+    with NewFile(disk / "f", files=files) as file:
+        file.write(data)
+    assert (disk / "f").read_bytes() == bytes(data)
+    assert files.past_cache() < 4 << 15, "the write after it was refused, and went through the cache"
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EIO, errno.EDQUOT])
+def test_another_error_past_the_cache_is_one(disk: Path, number: int) -> None:
+    class Failing(Recorded):
+        def write(self, fd: int, data: Any) -> int:
+            raise OSError(number, os.strerror(number))
+
+    with pytest.raises(OSError, match=os.strerror(number)), NewFile(disk / "f", files=Failing()) as file:
+        file.write(pages(300_000))
+
+
+def test_an_invalid_write_through_the_cache_is_an_error(tmp_path: Path) -> None:
+    class Invalid(Files):
+        def write(self, fd: int, data: Any) -> int:
+            raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
+
+    with pytest.raises(OSError, match="Invalid"), NewFile(tmp_path / "f", files=Invalid()) as file:
+        file.write(b"few")
+
+
+def test_no_cache_is_gone_past_where_that_is_not_to_be_had(disk: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with (disk / "f").open("wb") as file:
+        fd = file.fileno()
+        found = os.fstat(fd)
+        with monkeypatch.context() as patch:  # no block device: tmpfs, overlays, networks
+            patch.setattr(os, "fstat", lambda _: os.stat_result((*found[:2], 5, *found[3:])))
+            assert not Files().bypass_page_cache(fd, wanted=True)
+        with monkeypatch.context() as patch:
+            patch.setattr(fcntl, "fcntl", lambda _, what, *flags: 0 if what == fcntl.F_GETFL else refuse())
+            assert not Files().bypass_page_cache(fd, wanted=True)
+        with monkeypatch.context() as patch:
+            patch.delattr(os, "O_DIRECT")
+            assert not Files().bypass_page_cache(fd, wanted=True)
+        assert Files().bypass_page_cache(fd, wanted=True)
+        assert not Files().bypass_page_cache(fd, wanted=False)
+        assert not fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_DIRECT
+
+
+def refuse() -> int:
+    raise OSError(errno.EINVAL, "no such flag")
