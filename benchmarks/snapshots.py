@@ -52,8 +52,8 @@ def stalls(bench: Bench) -> Iterator[Row]:
 
     copy = Side("memory copy", m["copy"])
     yield Row("stall", stall, own_stall, copy, goal=Goal(1.2))
-    yield Row("stall", stall, own_stall, Side(dcp, m["dcp stall"], durability=_SYNCED), goal=Goal(1 / 3), bound=copy)
-    yield Row("stall", stall, own_stall, Side(save, m["save"], durability=_SYNCED), goal=Goal(1 / 12), bound=copy)
+    yield Row("stall", stall, own_stall, Side(dcp, m["dcp stall"], durability=_SYNCED), goal=Goal(1 / 3))
+    yield Row("stall", stall, own_stall, Side(save, m["save"], durability=_SYNCED), goal=Goal(1 / 12))
     overlapped = Side("own, overlapped", m["overlapped stall"], durability=_VERIFIED)
     yield Row("stall", f"{stall}, overlapped staging", overlapped, copy, goal=Goal(0.3))
     yield Row("stall", durable, own, Side("raw write + sync", m["raw"], durability=_SYNCED), goal=Goal(1.15))
