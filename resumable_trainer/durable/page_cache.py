@@ -2,7 +2,7 @@
 
 A copy there costs processor time that training needs, and pushes its data out. On virtual machines that give free
 memory back to their host, having the pages again took up to 4 s for 1.1 GB, all of it processor time; past the cache
-the same bytes took 0.6 s to write and about 1 s to read, and 0.1 s of processor time.
+the same bytes took 0.6 s to write and 0.8 s to read, and 0.1 s of processor time.
 
 Only where the file system lies on a block device: on a network its own cache gathers calls better. Every call must then
 begin and end at whole blocks, in memory and in the file; whoever is refused goes through the cache. Nothing becomes
