@@ -7,15 +7,12 @@ defence against somebody who forges a file and its manifest together.
 from __future__ import annotations
 
 import contextlib
-import errno
 import os
 import stat
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, BinaryIO
 
 import xxhash
-
-from resumable_trainer.durable import page_cache
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -73,23 +70,12 @@ def digest_file(path: Path) -> FileDigest:
     try:
         digest = Digest()
         # One buffer for all: fresh memory for each chunk would cost more than reading it.
-        buffer = page_cache.blocks(min(_CHUNK_BYTES, os.fstat(fd).st_size + 1))
-        is_past_cache = page_cache.bypass_to_read(fd)
-        while count := _read(fd, buffer, is_past_cache=is_past_cache):
+        buffer = memoryview(bytearray(min(_CHUNK_BYTES, os.fstat(fd).st_size + 1)))
+        while count := os.readv(fd, [buffer]):
             digest.update(buffer[:count])
         return digest.value()
     finally:
         close_after_reading(fd)
-
-
-def _read(fd: int, buffer: memoryview, *, is_past_cache: bool) -> int:
-    try:
-        return os.readv(fd, [buffer])
-    except OSError as error:
-        if error.errno != errno.EINVAL or not is_past_cache:
-            raise
-        page_cache.bypass(fd, wanted=False)
-        return os.readv(fd, [buffer])
 
 
 def open_regular(path: Path) -> int:

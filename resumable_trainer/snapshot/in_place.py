@@ -2,8 +2,7 @@
 
 Each byte goes once from the file to where it belongs, and is hashed while it is hot in the processor's
 cache. Two threads read pieces of a large file side by side; the digest takes them in the file's order, one
-after the other. A large file that is not in the page cache is read past it, and each byte copied once more.
-Nothing is mapped: a file that is truncated under a mapping would kill the process.
+after the other. Nothing is mapped: a file that is truncated under a mapping would kill the process.
 
 Cost: about that of reading the file once. Memory: what is dense and row-major on the CPU needs none; small
 tensors go through a buffer for each thread, any other one (on a device, or with its dimensions in another
@@ -20,9 +19,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from resumable_trainer.durable import page_cache
 from resumable_trainer.durable.digest import Digest, FileDigest
-from resumable_trainer.durable.page_cache import BLOCK_BYTES
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping
@@ -65,15 +62,14 @@ def fill(file: RawTensorFile, targets: Mapping[str, torch.Tensor]) -> FileDigest
     """
     _rest({target.device for target in targets.values()})
     pieces = list(_pieces(file, targets))
-    with file.past_cache() as is_past_cache:
-        line = _Line(file, pieces, is_past_cache=is_past_cache)
-        second = None
-        if sum(piece.num_bytes for piece in pieces) > _ALONE_BYTES and (os.cpu_count() or 1) > 1:
-            second = threading.Thread(target=line.work, name="resumable-trainer-read", daemon=True)
-            second.start()
-        line.work()
-        if second is not None:
-            second.join()
+    line = _Line(file, pieces)
+    second = None
+    if sum(piece.num_bytes for piece in pieces) > _ALONE_BYTES and (os.cpu_count() or 1) > 1:
+        second = threading.Thread(target=line.work, name="resumable-trainer-read", daemon=True)
+        second.start()
+    line.work()
+    if second is not None:
+        second.join()
     if line.error is not None:
         raise line.error
     return line.digest.value()
@@ -92,18 +88,17 @@ def _rest(devices: Iterable[torch.device]) -> None:
 class _Line:
     """Pieces that several threads read and one after the other feeds to the digest."""
 
-    def __init__(self, file: RawTensorFile, pieces: list[_Piece], *, is_past_cache: bool) -> None:
+    def __init__(self, file: RawTensorFile, pieces: list[_Piece]) -> None:
         self.digest = Digest()
         self.error: BaseException | None = None
         self._file = file
-        self._is_past_cache = is_past_cache
         self._pieces = iter(enumerate(pieces))
         self._turn = 0
         self._changed = threading.Condition()
 
     def work(self) -> None:
         """Read pieces until there are none; what goes wrong is kept, and ends the other thread's work too."""
-        scratch = page_cache.blocks(max(_CHUNK_BYTES, _GATHER_BYTES) + BLOCK_BYTES)
+        scratch = torch.empty(_GATHER_BYTES, dtype=torch.uint8, device="cpu")
         try:
             with torch.no_grad():
                 while (taken := self._next()) is not None:
@@ -117,31 +112,23 @@ class _Line:
         with self._changed:
             return None if self.error is not None else next(self._pieces, None)
 
-    def _read(self, number: int, piece: _Piece, scratch: memoryview) -> None:
-        memory = piece.memory
-        if memory is None or self._is_past_cache:
-            fits = piece.num_bytes + BLOCK_BYTES <= scratch.nbytes
-            blocks = scratch if fits else page_cache.blocks(piece.num_bytes + BLOCK_BYTES)
-            found = self._file.read_blocks(blocks, piece.begin, piece.num_bytes)
-        else:
-            self._file.read_at(memory, piece.begin)
-            found = memory
+    def _read(self, number: int, piece: _Piece, scratch: torch.Tensor) -> None:
+        memory, buffer = piece.memory, None
+        if memory is None:
+            fits = piece.num_bytes <= scratch.numel()
+            buffer = scratch[: piece.num_bytes] if fits else torch.empty(piece.num_bytes, dtype=torch.uint8)
+            memory = buffer.numpy().data
+        self._file.read_at(memory, piece.begin)
         with self._changed:
             self._changed.wait_for(lambda: self._turn == number or self.error is not None)
             if self.error is not None:
                 return
-        self.digest.update(found)
+        self.digest.update(memory)
         with self._changed:
             self._turn += 1
             self._changed.notify_all()
-        if memory is not None and found is not memory:
-            _bytes(memory).copy_(_bytes(found))
-        elif piece.tensors:
-            _scatter(_bytes(found), piece.tensors)
-
-
-def _bytes(memory: memoryview) -> torch.Tensor:
-    return torch.frombuffer(memory, dtype=torch.uint8)
+        if buffer is not None and piece.tensors:
+            _scatter(buffer, piece.tensors)
 
 
 def _scatter(buffer: torch.Tensor, tensors: list[torch.Tensor]) -> None:
@@ -152,7 +139,7 @@ def _scatter(buffer: torch.Tensor, tensors: list[torch.Tensor]) -> None:
             ctypes.memmove(tensor.data_ptr(), address, num_bytes)
             address += num_bytes
         return
-    values = buffer.clone().view(tensors[0].dtype)  # it need not begin where its dtype may
+    values = buffer.view(tensors[0].dtype)
     if len(tensors) == 1:
         tensors[0].copy_(values.view(tensors[0].shape))
         return

@@ -7,21 +7,16 @@ gaps.
 
 from __future__ import annotations
 
-import errno
 import math
 import os
 import struct
-from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
-from resumable_trainer.durable import page_cache
 from resumable_trainer.durable.digest import close_after_reading, open_regular
-from resumable_trainer.durable.page_cache import BLOCK_BYTES
 from resumable_trainer.errors import DamagedSnapshotError
 from resumable_trainer.snapshot import strict_json
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
     from pathlib import Path
     from types import TracebackType
 
@@ -151,49 +146,6 @@ class RawTensorFile:
             if count == 0:
                 raise self._damaged("ends too early")
             view, offset = view[count:], offset + count
-
-    @contextmanager
-    def past_cache(self) -> Iterator[bool]:
-        """Within the block only `read_blocks` may read: past the page cache if the file is large and not there.
-
-        Gives whether it does; where it does not, everything may read.
-        """
-        is_past_cache = page_cache.bypass_to_read(self._fd)
-        try:
-            yield is_past_cache
-        finally:
-            if is_past_cache:
-                page_cache.bypass(self._fd, wanted=False)
-
-    def read_blocks(self, blocks: memoryview, offset: int, num_bytes: int) -> memoryview:
-        """The file's bytes from `offset` on, read with the blocks around them; threads may do so at the same time.
-
-        Args:
-            blocks: Memory as `page_cache.blocks` gives it, with room for them and a block more.
-            offset: Of the first, the header counted.
-            num_bytes: How many.
-
-        Returns:
-            The part of `blocks` where they are.
-
-        Raises:
-            DamagedSnapshotError: The file has become shorter.
-        """
-        skipped = offset % BLOCK_BYTES
-        end = skipped + num_bytes
-        window, done = blocks[: -(-end // BLOCK_BYTES) * BLOCK_BYTES], 0
-        while done < end:
-            try:
-                count = os.preadv(self._fd, [window[done:]], offset - skipped + done)
-            except OSError as error:  # larger blocks; or it was short, and ended within one
-                if error.errno != errno.EINVAL:
-                    raise
-                page_cache.bypass(self._fd, wanted=False)
-                count = os.preadv(self._fd, [window[done:]], offset - skipped + done)
-            if count == 0:
-                raise self._damaged("ends too early")
-            done += count
-        return window[skipped:end]
 
     def _read_header(self) -> tuple[int, dict[str, TensorInfo]]:
         size = os.fstat(self._fd).st_size

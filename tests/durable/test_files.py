@@ -4,6 +4,7 @@ import contextlib
 import ctypes
 import errno
 import fcntl
+import mmap
 import os
 import signal
 import subprocess
@@ -26,7 +27,6 @@ from resumable_trainer.durable.files import (
     write_new_file,
     write_replacing,
 )
-from resumable_trainer.durable.page_cache import blocks
 
 
 class Dies(BaseException):
@@ -494,7 +494,7 @@ class Recorded(Files):
 
 def pages(num_bytes: int) -> memoryview:
     """Memory that begins with a page, as that of staged tensors does."""
-    view = blocks(num_bytes)[:num_bytes]
+    view = memoryview(mmap.mmap(-1, num_bytes))
     view[:] = np.random.default_rng(1).integers(0, 256, num_bytes, dtype=np.uint8).data
     return view
 
@@ -502,7 +502,7 @@ def pages(num_bytes: int) -> memoryview:
 @pytest.fixture
 def disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A directory where writes can go past the page cache, and need not be large for it."""
-    monkeypatch.setattr(files_module, "LARGE_BYTES", 1 << 16)
+    monkeypatch.setattr(files_module, "_BYPASS_BYTES", 1 << 16)
     monkeypatch.setattr(files_module, "_PIECE_BYTES", 1 << 15)
     with (tmp_path / "try").open("wb") as file:
         if not Files().bypass_page_cache(file.fileno(), wanted=True):

@@ -11,8 +11,7 @@ import torch
 from torch import nn
 
 from resumable_trainer import StateManager
-from resumable_trainer.durable.files import Files
-from resumable_trainer.durable.page_cache import BLOCK_BYTES
+from resumable_trainer.durable.files import BLOCK_BYTES, Files
 from resumable_trainer.state.compare import same_bytes
 
 if TYPE_CHECKING:

@@ -639,15 +639,15 @@ def test_what_is_left_when_all_are_damaged_is_not_saved(tmp_path: Path) -> None:
 def test_a_disk_that_fails_while_it_is_read_is_no_damage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     save(tmp_path / "run", trained(KINDS["Adam"], 1), trained(KINDS["Adam"], 2))
 
-    read_blocks = TensorFile.read_blocks
+    read_at = TensorFile.read_at
 
-    def fails(self: TensorFile, blocks: memoryview, offset: int, num_bytes: int) -> memoryview:
+    def fails(self: TensorFile, view: memoryview, offset: int) -> None:
         if self._path.name != "model.safetensors":
-            return read_blocks(self, blocks, offset, num_bytes)
+            return read_at(self, view, offset)
         raise OSError(5, "Input/output error")
 
     with StateManager(tmp_path / "run", state=trained(KINDS["Adam"], 3)) as manager:
-        monkeypatch.setattr(TensorFile, "read_blocks", fails)
+        monkeypatch.setattr(TensorFile, "read_at", fails)
         with pytest.raises(SnapshotWriteError, match="Input/output error"):
             manager.restore()
         assert len(manager.store.names()) == 2
