@@ -41,7 +41,8 @@ _LOST_BYTES = (errno.EIO, errno.ENOSPC, errno.EDQUOT)
 # Hashed, written and handed on to the disk in pieces of this size. Waiting for the final sync to begin leaves the disk
 # idle while pages are filled: 0.3 GB took 124 ms so, 73 ms in pieces of 4 MiB, 81 ms of 16 MiB (ext4, NVMe).
 _PIECE_BYTES = 4 << 20
-_BYPASS_BYTES = 64 << 20  # less is as quick through the page cache, and soon found there by the next start
+LARGE_BYTES = 64 << 20
+"""Less is as quick through the page cache, and soon found there by the next start."""
 
 BLOCK_BYTES = 4096
 """Writes past the page cache begin and end at multiples of this, in memory and in the file."""
@@ -228,7 +229,7 @@ class NewFile:
         self._write_pieces(view[whole:])
 
     def _goes_past_cache(self, view: memoryview) -> bool:
-        if view.nbytes < _BYPASS_BYTES or view.readonly or self._digest.num_bytes % BLOCK_BYTES:
+        if view.nbytes < LARGE_BYTES or view.readonly or self._digest.num_bytes % BLOCK_BYTES:
             return False
         is_aligned = ctypes.addressof(ctypes.c_char.from_buffer(view)) % BLOCK_BYTES == 0
         self._is_past_cache = is_aligned and self._files.bypass_page_cache(self._fd, wanted=True)

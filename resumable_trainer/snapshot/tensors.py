@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 
 from resumable_trainer.durable.digest import Digest
-from resumable_trainer.durable.files import BLOCK_BYTES
+from resumable_trainer.durable.files import BLOCK_BYTES, LARGE_BYTES
 from resumable_trainer.errors import UnsafeValueError
 from resumable_trainer.snapshot.raw import MAX_HEADER_BYTES, MAX_TENSORS, RawTensorFile
 
@@ -32,7 +32,6 @@ if TYPE_CHECKING:
     from resumable_trainer.durable.digest import FileDigest
 
 _ALIGNMENT = 8
-_LARGE_BYTES = 64 << 20  # such data begin with a block of the disk
 _LENGTH = struct.Struct("<Q")
 _GATHER_BYTES = 1 << 20  # small tensors are written together in pieces of about this size
 
@@ -158,7 +157,7 @@ def _header(tensors: Mapping[str, torch.Tensor]) -> bytes:
             expected=MAX_TENSORS,
             hint="hand it over as several parts",
         )
-    alignment = _ALIGNMENT if end < _LARGE_BYTES else BLOCK_BYTES
+    alignment = _ALIGNMENT if end < LARGE_BYTES else BLOCK_BYTES
     return text.ljust(-(-(_LENGTH.size + len(text)) // alignment) * alignment - _LENGTH.size)
 
 

@@ -294,13 +294,12 @@ def copy_into(
         may_share: Whether other threads may take a share of what is large or many.
     """
     num_threads = _num_threads(sources) if may_share else 1
-    with torch.inference_mode():
-        portions = _in_order(targets, sources, rows)
-        if num_threads > 1:
-            portions = iter([*_cut_up(portions)])
+    whole = _in_order(targets, sources, rows)
     if num_threads == 1:
-        _copy_all(portions)
+        _copy_all(whole)
         return
+    with torch.inference_mode():
+        portions = iter([*_cut_up(whole)])
     # Whoever is free takes the next: a thread whose core is busy holds the others up for one portion at most.
     with ThreadPoolExecutor(num_threads - 1, thread_name_prefix="staging") as pool:
         others = [pool.submit(_copy_all, portions) for _ in range(num_threads - 1)]
