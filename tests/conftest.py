@@ -30,6 +30,11 @@ settings.register_profile("unhurried", deadline=None, suppress_health_check=[Hea
 settings.load_profile("unhurried")
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """First come those that wait more than they work, a minute and longer: others work beside them."""
+    items.sort(key=lambda item: "service" not in item.path.parts)
+
+
 @pytest.fixture(autouse=True)
 def _fresh_process() -> Iterator[None]:
     """No notice, no handover and no handler of an earlier test."""

@@ -12,10 +12,19 @@ import torch
 from torch import nn
 
 from resumable_trainer.proof import fingerprints
-from resumable_trainer.proof.variables import Variables
+from resumable_trainer.proof.variables import Variables, _is_users
 
 if TYPE_CHECKING:
     from pathlib import Path
+
+
+@pytest.fixture(autouse=True)
+def _no_other_tests(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Other modules of tests are a user's, too, and all that they hold: seconds for each look."""
+    monkeypatch.setattr(
+        "resumable_trainer.proof.variables._is_users",
+        lambda module: _is_users(module) and module.__name__ == __name__,
+    )
 
 
 class Counted:

@@ -96,7 +96,9 @@ def steps_fact(directory: Path) -> object:
 
 
 @needs_compiler
-@pytest.mark.parametrize("job", compiled_jobs.JOBS)
+@pytest.mark.parametrize(
+    "job", [pytest.param(job, marks=() if job == "adam" else pytest.mark.long) for job in compiled_jobs.JOBS]
+)
 def test_a_compiled_run_killed_in_any_epoch_ends_in_the_same_bytes(at: Callable[[str], Path], job: str) -> None:
     whole, run = at("whole"), at("run")
     train(whole, job)
