@@ -17,10 +17,13 @@ from unittest import mock
 import torch
 
 from resumable_trainer import EarlyStopping, Run, SnapshotPolicy, StateManager
+from resumable_trainer.durable import files
+from resumable_trainer.durable.files import BLOCK_BYTES
 from resumable_trainer.manager import Facts
-from resumable_trainer.snapshot import unchanged
+from resumable_trainer.snapshot import tensors, unchanged
 from resumable_trainer.snapshot.layout import Position
 from resumable_trainer.snapshot.retention import to_delete
+from resumable_trainer.state import staging
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -123,6 +126,23 @@ def _act_unchanged(directory: Path, acknowledge: Acknowledge) -> None:
         for values.step in (3, 4, 5):
             torch.manual_seed(values.step)
             staged = manager.stage(manager.capture({"loop": {"same": torch.arange(40)}}))
+            manager.write(staged, Facts(Position(0, values.step, values.step)), background=False)
+            acknowledge(name_of(values.step))
+
+
+def _act_past_the_cache(directory: Path, acknowledge: Acknowledge) -> None:
+    """A file is large from two blocks on: it goes past the page cache where it may, and its tail through it."""
+    values = Values()
+    with (
+        mock.patch.object(files, "LARGE_BYTES", 2 * BLOCK_BYTES),
+        mock.patch.multiple(tensors, LARGE_BYTES=2 * BLOCK_BYTES, _GATHER_BYTES=BLOCK_BYTES),
+        mock.patch.object(staging, "_HUGE_BYTES", BLOCK_BYTES),  # staged in pages
+        manager_of(directory, values) as manager,
+    ):
+        manager.restore()
+        for values.step in (3, 4):
+            torch.manual_seed(values.step)
+            staged = manager.stage(manager.capture({"loop": {"large": torch.arange(5000) * values.step}}))
             manager.write(staged, Facts(Position(0, values.step, values.step)), background=False)
             acknowledge(name_of(values.step))
 
@@ -231,6 +251,7 @@ def _scenarios() -> Iterator[Scenario]:
     before = tuple(name_of(step) for step in (1, 2, 3))
     yield Scenario("retention", _saved(1, 2, 3), partial(_act, steps=(4, 5)), before)
     yield Scenario("unchanged files", _saved(1, 2), _act_unchanged, (name_of(1), name_of(2)))
+    yield Scenario("past the page cache", _saved(1, 2), _act_past_the_cache, (name_of(1), name_of(2)))
     yield Scenario("sweep at the start", _prepare_sweep, partial(_act, steps=(3,)), (name_of(1), name_of(2)))
     yield Scenario("quarantine", _prepare_damaged, partial(_act, steps=(4,)), (name_of(1), name_of(2)))
     yield Scenario("going back", _saved(1, 2, 3), partial(_act, steps=(4,), which="1"), before, gives_up=before[1:])

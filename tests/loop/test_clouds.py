@@ -253,9 +253,9 @@ def started(directory: Path, where: str, *more: str, **environment: str) -> subp
         ("training", (), "aws"),
         ("evaluation", (), "google"),
         ("load", (), "azure"),
-        ("load", ("worker",), "aws"),
+        pytest.param("load", ("worker",), "aws", marks=pytest.mark.long),
         ("load", (), "signal"),
-        ("first", (), "google"),
+        pytest.param("first", (), "google", marks=pytest.mark.long),
     ],
 )
 def test_a_notice_is_followed_wherever_it_finds_the_training(

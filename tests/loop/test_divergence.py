@@ -393,7 +393,7 @@ def test_what_was_left_out_stays_out_when_the_script_asks_for_nothing_any_more(t
     assert "divergence" in json.dumps(state)
 
 
-@pytest.mark.parametrize("compile", [False, True])
+@pytest.mark.parametrize("compile", [False, pytest.param(True, marks=pytest.mark.long)])
 def test_a_trainer_goes_back_too(tmp_path: Path, compile: bool) -> None:
     def train(directory: Path, epochs: int = 4) -> None:
         torch.manual_seed(1)

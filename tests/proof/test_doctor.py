@@ -72,7 +72,7 @@ def test_an_exact_job_is_called_exact(name: str, tmp_path: Path) -> None:
     assert found["fresh_starts_differ"] is (name == "parameters begin at random")
 
 
-@pytest.mark.parametrize("example", ["own_loop.py", "ready_made.py"])
+@pytest.mark.parametrize("example", ["own_loop.py", pytest.param("ready_made.py", marks=pytest.mark.long)])
 def test_the_examples_are_exact_and_what_they_cost_is_said(example: str, tmp_path: Path) -> None:
     pytest.importorskip("sklearn", reason="the examples' data come with scikit-learn")
     done = doctor(tmp_path, str(EXAMPLES / example))
