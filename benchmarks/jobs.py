@@ -162,7 +162,7 @@ def loader_of(job: Job) -> torch.utils.data.DataLoader[Any]:
 
 
 def own_loop(
-    job: Job, directory: str, *, epochs: int, laps: Callable[[], object] = int, every_epochs: int | None = 1
+    job: Job, directory: str, *, epochs: int, laps: Callable[[], object] = int, every_epochs: int = 1
 ) -> nn.Module:
     """The package's loop with all features on: bars, a row per step, early stopping, a durable snapshot each epoch."""
     from resumable_trainer import EarlyStopping, Run, SnapshotPolicy
@@ -310,7 +310,7 @@ def arm(
 
     Args:
         laps: Called at the beginning of each epoch.
-        kind: "hand-written", "unwrapped", "DataLoader", "own loop", "own loop, no snapshots", "Trainer" or "compiled".
+        kind: "hand-written", "unwrapped", "DataLoader", "own loop", "Trainer" or "compiled".
         job: Name of the job.
         epochs: In a turn.
         directory: For what it saves.
@@ -327,7 +327,5 @@ def arm(
         with_loader(what, epochs=FOREVER, laps=laps)
     elif kind == "own loop":
         own_loop(what, directory, epochs=FOREVER, laps=laps)
-    elif kind == "own loop, no snapshots":
-        own_loop(what, directory, epochs=FOREVER, laps=laps, every_epochs=None)
     else:
         trainer(what, directory, epochs=FOREVER, laps=laps, compiled=kind == "compiled")
