@@ -162,7 +162,7 @@ def loader_of(job: Job) -> torch.utils.data.DataLoader[Any]:
 
 
 def own_loop(
-    job: Job, directory: str, *, epochs: int, laps: Callable[[], object] = int, every_epochs: int = 1
+    job: Job, directory: str, *, epochs: int, laps: Callable[[], object] = int, every_epochs: int | None = 1
 ) -> nn.Module:
     """The package's loop with all features on: bars, a row per step, early stopping, a durable snapshot each epoch."""
     from resumable_trainer import EarlyStopping, Run, SnapshotPolicy
