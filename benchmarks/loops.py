@@ -84,7 +84,10 @@ def calibrate(laps: object, *, directory: str) -> None:
 def _epochs(
     bench: Bench, job: str, kinds: Sequence[str], *, epochs: int, rounds: int, batch_size: int | None = None
 ) -> tuple[Measured, dict[str, str]]:
-    """So many rounds, each third of them with new processes: two that do the same differ, for as long as they live."""
+    """So many rounds; in the full form each third of them with new processes.
+
+    Two processes that do the same differ, for as long as they live.
+    """
     processes = bench.pick(_PROCESSES, 1)
     parts = [_in_new_processes(bench, job, kinds, epochs, rounds // processes, batch_size) for _ in range(processes)]
     failed = {name: reason for _, reasons in parts for name, reason in reasons.items()}
@@ -154,8 +157,7 @@ def measure_snapshots_part(laps: Laps, *, rounds: int, directory: str) -> None:
     )
     seconds = [end - begin for begin, end in pairwise(began)]
     first = 2 * _EPOCHS_A_SNAPSHOT - 1  # which ends with a snapshot
-    groups = [seconds[at : at + _EPOCHS_A_SNAPSHOT] for at in range(first, len(seconds), _EPOCHS_A_SNAPSHOT)]
-    whole = [group for group in groups if len(group) == _EPOCHS_A_SNAPSHOT]
-    alone = [fmean(group[2:]) for group in whole]
-    added = [group[0] + group[1] - 2 * epoch for group, epoch in zip(whole, alone, strict=True)]
+    starts = range(first, len(seconds) - _EPOCHS_A_SNAPSHOT + 1, _EPOCHS_A_SNAPSHOT)
+    alone = [fmean(seconds[at + 2 : at + _EPOCHS_A_SNAPSHOT]) for at in starts]
+    added = [seconds[at] + seconds[at + 1] - 2 * epoch for at, epoch in zip(starts, alone, strict=True)]
     laps.turn({"added": added, "epoch": alone})

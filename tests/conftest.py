@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import signal
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
-sys.path[:0] = [str(Path(__file__).parent / "resume"), str(Path(__file__).parent / "loop")]
+sys.path[:0] = [str(Path(__file__).parent / name) for name in ("", "resume", "loop")]
 
+from resumable_trainer.durable.files import Files
 from resumable_trainer.loop import launch
 from resumable_trainer.loop.notices import notices
 
@@ -48,6 +50,24 @@ def _fresh_process() -> Iterator[None]:
     sys.excepthook = hook
     for number, handler in handlers.items():
         signal.signal(number, handler)
+
+
+@pytest.fixture
+def past_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Bytes of each write that goes past the page cache; skipped with a reason where none can."""
+    with (tmp_path / "try").open("wb") as file:
+        if not Files().bypass_page_cache(file.fileno(), wanted=True):
+            pytest.skip(f"{tmp_path} lies on a file system whose page cache cannot be gone past")
+    past: list[int] = []
+    write = Files.write
+
+    def noted(self: Files, fd: int, data: Any) -> int:
+        if fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_DIRECT:
+            past.append(memoryview(data).nbytes)
+        return write(self, fd, data)
+
+    monkeypatch.setattr(Files, "write", noted)
+    return past
 
 
 @pytest.fixture

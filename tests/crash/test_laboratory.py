@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
-import os
 import sys
 from pathlib import Path
 
@@ -19,7 +17,7 @@ from model import Model, UnmodelledCallError
 from scenarios import SCENARIOS, name_of
 from seeded import EXPECTED, SCENARIOS_OF, SEEDED, seeded
 
-from resumable_trainer.durable.files import BLOCK_BYTES, Files
+from resumable_trainer.durable.files import BLOCK_BYTES
 
 REASON = ptrace.why_not()
 pytestmark = [pytest.mark.skipif(REASON is not None, reason=str(REASON)), pytest.mark.timeout(900)]
@@ -89,23 +87,11 @@ def test_the_scenario_of_unchanged_files_links_them(tmp_path: Path) -> None:
     assert first.samefile(last)
 
 
-def test_the_scenario_past_the_page_cache_goes_past_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with (tmp_path / "try").open("wb") as file:
-        if not Files().bypass_page_cache(file.fileno(), wanted=True):
-            pytest.skip(f"{tmp_path} lies on a file system whose page cache cannot be gone past")
-    past: list[int] = []
-    write = Files.write
-
-    def noted(self: Files, fd: int, data: memoryview) -> int:
-        if fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_DIRECT:
-            past.append(memoryview(data).nbytes)
-        return write(self, fd, data)
-
-    monkeypatch.setattr(Files, "write", noted)
+def test_the_scenario_past_the_page_cache_goes_past_it(tmp_path: Path, past_cache: list[int]) -> None:
     scenario = SCENARIOS["past the page cache"]
     scenario.prepare(tmp_path / "run")
     scenario.act(tmp_path / "run", lambda name: None)
-    assert past.count(9 * BLOCK_BYTES) == 2
+    assert past_cache.count(9 * BLOCK_BYTES) == 2
 
 
 def test_a_disk_that_is_full_is_met_by_the_look_and_in_a_write() -> None:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
-import os
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -11,7 +9,7 @@ import torch
 from torch import nn
 
 from resumable_trainer import StateManager
-from resumable_trainer.durable.files import BLOCK_BYTES, Files
+from resumable_trainer.durable.files import BLOCK_BYTES
 from resumable_trainer.state.compare import same_bytes
 
 if TYPE_CHECKING:
@@ -22,20 +20,8 @@ ROWS, WIDTH = 17_000, 1001  # 68 MB; no power of two anywhere
 
 @pytest.mark.parametrize("staging", ["copy", "overlapped"])
 def test_a_large_state_goes_past_the_page_cache_and_comes_back(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, staging: Any
+    tmp_path: Path, past_cache: list[int], staging: Any
 ) -> None:
-    with (tmp_path / "try").open("wb") as file:
-        if not Files().bypass_page_cache(file.fileno(), wanted=True):
-            pytest.skip(f"{tmp_path} lies on a file system whose page cache cannot be gone past")
-    past: list[int] = []
-    write = Files.write
-
-    def noted(self: Files, fd: int, data: Any) -> int:
-        if fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_DIRECT:
-            past.append(memoryview(data).nbytes)
-        return write(self, fd, data)
-
-    monkeypatch.setattr(Files, "write", noted)
     model = nn.Sequential(nn.Linear(WIDTH, ROWS), nn.Linear(3, 1))
     optimizer = torch.optim.Adam(model.parameters())
     sum(parameter.sum() for parameter in model.parameters()).backward()
@@ -44,10 +30,10 @@ def test_a_large_state_goes_past_the_page_cache_and_comes_back(
     saved = [tensor.clone() for tensor in tensors(model, optimizer)]
     with StateManager(tmp_path / "run", state={"model": model, "optimizer": optimizer}, staging=staging) as manager:
         for step in (1, 2):  # the second into memory that is there
-            past.clear()
+            past_cache.clear()
             manager.snapshot(epoch=0, batch=step, step=step)
             manager.wait()
-            assert sum(past) == sum(size // BLOCK_BYTES * BLOCK_BYTES for size in data_bytes(tmp_path / "run"))
+            assert sum(past_cache) == sum(size // BLOCK_BYTES * BLOCK_BYTES for size in data_bytes(tmp_path / "run"))
         with torch.no_grad():
             for tensor in tensors(model, optimizer):
                 tensor.zero_()

@@ -18,6 +18,7 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parent))
 
 from leaks import LEAKS
+from marks import by_default
 
 pytestmark = pytest.mark.timeout(600)
 EXAMPLES = Path(__file__).parents[2] / "examples"
@@ -29,11 +30,6 @@ USUAL = {
     "the clock in a sample",
     "a kernel that has a deterministic form",
 }
-PLANTED = [
-    pytest.param(name, marks=() if name in USUAL else pytest.mark.long)
-    for name, leak in LEAKS.items()
-    if leak.kind is not None
-]
 
 
 def doctor(directory: Path, *words: str) -> subprocess.CompletedProcess[str]:
@@ -51,7 +47,7 @@ def test_every_kind_of_leak_is_looked_for_by_default() -> None:
     assert sorted(LEAKS[name].kind for name in USUAL) == sorted({leak.kind for leak in LEAKS.values()} - {None})
 
 
-@pytest.mark.parametrize("name", PLANTED)
+@pytest.mark.parametrize("name", by_default(USUAL, [name for name, leak in LEAKS.items() if leak.kind is not None]))
 def test_a_planted_leak_is_found_and_its_cause_named(name: str, tmp_path: Path) -> None:
     leak = LEAKS[name]
     code, found, errors = examine(tmp_path, leak.script)
@@ -72,7 +68,7 @@ def test_an_exact_job_is_called_exact(name: str, tmp_path: Path) -> None:
     assert found["fresh_starts_differ"] is (name == "parameters begin at random")
 
 
-@pytest.mark.parametrize("example", ["own_loop.py", pytest.param("ready_made.py", marks=pytest.mark.long)])
+@pytest.mark.parametrize("example", by_default(["own_loop.py"], ["own_loop.py", "ready_made.py"]))
 def test_the_examples_are_exact_and_what_they_cost_is_said(example: str, tmp_path: Path) -> None:
     pytest.importorskip("sklearn", reason="the examples' data come with scikit-learn")
     done = doctor(tmp_path, str(EXAMPLES / example))

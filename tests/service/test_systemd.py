@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 import sandbox as sandboxes
+from marks import by_default
 
 from resumable_trainer.cli.main import main
 from resumable_trainer.service import systemd
@@ -203,9 +204,7 @@ def test_a_run_lives_through_everything_that_happens_to_its_unit(box: Sandbox, w
     assert box.sh("test", "-e", f"/etc/systemd/system/{job.unit}.d").returncode != 0
 
 
-@pytest.mark.parametrize(
-    "mode", ["loop", pytest.param("lock", marks=pytest.mark.long), pytest.param("worker", marks=pytest.mark.long)]
-)
+@pytest.mark.parametrize("mode", by_default(["loop"], ["loop", "lock", "worker"]))
 def test_a_run_that_hangs_is_found_shown_and_continued(box: Sandbox, whole: str, mode: str) -> None:
     job = Job(box, mode)
     job.start_by_hand()

@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 import torch
 from compiled_jobs import train
+from marks import by_default
 from torch import nn
 
 from resumable_trainer import DriftError, Run, SnapshotPolicy
@@ -26,7 +27,7 @@ from resumable_trainer.snapshot.store import Store
 from resumable_trainer.trainer import artefacts, compiled
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator
+    from collections.abc import Callable, Iterator
     from pathlib import Path
 
 needs_compiler = pytest.mark.skipif(artefacts.cxx() is None, reason="there is no C++ compiler")
@@ -92,16 +93,11 @@ def steps_fact(directory: Path) -> object:
     return facts_of(directory).get("steps")
 
 
-def one_by_default(usual: str, names: Iterable[str]) -> list[Any]:
-    """All of them as parameters, those but one marked as long."""
-    return [pytest.param(name, marks=() if name == usual else pytest.mark.long) for name in names]
-
-
 # -- exactness ------------------------------------------------------------------------------------------
 
 
 @needs_compiler
-@pytest.mark.parametrize("job", one_by_default("adam", compiled_jobs.JOBS))
+@pytest.mark.parametrize("job", by_default(["adam"], compiled_jobs.JOBS))
 def test_a_compiled_run_killed_in_any_epoch_ends_in_the_same_bytes(at: Callable[[str], Path], job: str) -> None:
     whole, run = at("whole"), at("run")
     train(whole, job)
@@ -133,7 +129,7 @@ def test_a_process_killed_within_an_epoch_is_continued_by_another_which_compiles
 
 
 @needs_compiler
-@pytest.mark.parametrize("job", one_by_default("adamw", compiled_jobs.JOBS))
+@pytest.mark.parametrize("job", by_default(["adamw"], compiled_jobs.JOBS))
 def test_compiled_steps_are_close_to_eager_ones(at: Callable[[str], Path], job: str) -> None:
     trainer = train(at("compiled"), job)
     eager = train(at("eager"), job, compile=False)
@@ -584,7 +580,7 @@ def used(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 
 @needs_compiler
-@pytest.mark.parametrize("damage", one_by_default("a bit is flipped", DAMAGES))
+@pytest.mark.parametrize("damage", by_default(["a bit is flipped"], DAMAGES))
 def test_damaged_code_is_compiled_anew_and_changes_nothing(
     at: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch, damage: str, used: list[str]
 ) -> None:
