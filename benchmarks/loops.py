@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 _THREADS = 1
 _BARE = "hand-written, no features"
-_LEAST = "hand-written, without what torch wraps around its steps"
+_LEAST = "hand-written, nothing around torch's kernels"
 _CLASSIC = "classic job, time per epoch"
 _PEER_GOALS = {"DataLoader": 1.2, "Ignite": 1.3, "Accelerate": 1.6, "HF Trainer": 2.2, "Lightning": 4.0}
 _OURS = {"compiled": "Trainer(compile=True)"}

@@ -3,8 +3,9 @@
 Why: `Optimizer.step` and `zero_grad` open a range for profilers and look for hooks, each time, whether or not there are
 any. On a small model that is a sixth of a training step, and more than all that a run adds.
 
-Policy: what computes is torch's own function, called with the same arguments, so the bits are the same. It is called
-by itself only while nobody is there who could tell the difference: no profiler, and no hook but the run's own. Else
+Policy: what computes is torch's own function, called with the same arguments, so the bits are the same; or, for the
+usual optimizers on the CPU, torch's own operations, called for all parameters together (`multi_tensor`). Either happens
+only while nobody is there who could tell the difference: no profiler, and no hook but the run's own. Else
 what was there before is called. An optimizer whose `step` is anything but torch's wrapper around that of its class is
 left alone. On closing, each gets back what it had. Nothing of this is pickled or copied with an optimizer.
 """
@@ -20,6 +21,7 @@ from torch.compiler import is_compiling
 from torch.optim import Optimizer
 
 from resumable_trainer.loop.late_compiler import is_wrapped_by, without_graph_breaks
+from resumable_trainer.loop.multi_tensor import MultiTensorStep
 from resumable_trainer.state.modes import heard
 
 if TYPE_CHECKING:
@@ -29,6 +31,7 @@ if TYPE_CHECKING:
 
 try:
     from torch._C._autograd import _profiler_enabled as is_profiled
+    from torch._C._dynamo.eval_frame import get_eval_frame_callback as compiler_of_frames
     from torch.optim.optimizer import _global_optimizer_post_hooks as global_post_hooks
     from torch.optim.optimizer import _global_optimizer_pre_hooks as global_pre_hooks
 except ImportError:  # no public parts of torch: where they are not what they were, one does without
@@ -85,6 +88,7 @@ class LeanOptimizers:
         hooked: Any = type(optimizer).step
         computes, before, number = without_graph_breaks(hooked.__wrapped__), optimizer.step, id(optimizer)
         is_noted = _is_noted(optimizer)
+        at_once = MultiTensorStep(optimizer) if MultiTensorStep.serves(optimizer) else None
         is_told = not is_schedulers(optimizer)  # a scheduler notes the first step
 
         @wraps(hooked)
@@ -100,7 +104,9 @@ class LeanOptimizers:
             ):
                 is_told = True
                 return before(*args, **kwargs)
-            result = computes(self_, *args, **kwargs)
+            # What is called by compiled code is compiled, too, frame by frame: all of torch's, or all of it anew.
+            is_done = at_once is not None and not args and not kwargs and compiler_of_frames() is None and at_once()
+            result = None if is_done else computes(self_, *args, **kwargs)
             stepped.add(number)
             return result
 

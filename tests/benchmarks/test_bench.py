@@ -207,6 +207,11 @@ def test_the_package_and_the_hand_written_loop_end_in_the_same_bits_given_the_sa
     assert [each.count for each in laps] == [EPOCHS] * 4
 
 
+def test_the_loop_that_none_can_be_quicker_than_does_the_same_work() -> None:
+    least, plain = jobs.unwrapped(jobs.CLASSIC, epochs=3), jobs.hand_written(jobs.CLASSIC, epochs=3)
+    assert all(map(torch.equal, least.parameters(), plain.parameters()))
+
+
 def test_the_package_saves_every_epoch_and_a_row_per_step(tmp_path: Path) -> None:
     jobs.own_loop(SMALL, str(tmp_path), epochs=EPOCHS)
     events = [json.loads(line) for line in (tmp_path / "events.jsonl").read_text().splitlines()]
