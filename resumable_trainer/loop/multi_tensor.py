@@ -150,6 +150,7 @@ class _Work(NamedTuple):
     settings: _Adam | _Sgd
     columns: tuple[list[Tensor], ...]  # gradients, parameters, and what is kept for each
     portions: list[slice]
+    places: frozenset[int]
 
 
 class MultiTensorStep:
@@ -179,10 +180,13 @@ class MultiTensorStep:
             if work is None:
                 return False
             works.append(work)
+        places = [*chain.from_iterable(places for *_, places in works)] if len(works) > 1 else []
+        if len({*places}) < len(places):
+            return False
         grad_mode = torch.is_grad_enabled()
         try:
             torch.set_grad_enabled(False)
-            for settings, columns, portions in works:
+            for settings, columns, portions, _ in works:
                 for portion in portions:
                     settings.update(*(column[portion] for column in columns))
         finally:
@@ -217,7 +221,7 @@ class MultiTensorStep:
             return None
         if not _has_torchs_bits(settings.example()):
             return None
-        return _Work(settings, (grads, *columns), known.portions)
+        return _Work(settings, (grads, *columns), known.portions, known.places)
 
     def _look(self, number: int, names: tuple[str, ...], columns: tuple[list[Any], ...]) -> _Known:
         """What is known of the tensors of a group, found out if they are others than in its last step."""
@@ -246,7 +250,7 @@ def _are_plain(parameters: list[Any], kept: Mapping[str, list[Any]]) -> bool:
     """Whether they are dense tensors on the CPU, and what is kept for each is as it is, or the number of its steps."""
     if not all(type(each) in (nn.Parameter, Tensor) and each.dtype in _DTYPES for each in parameters):
         return False
-    if not all(each.is_cpu and each.layout is torch.strided for each in parameters):
+    if not all(each.is_cpu and each.layout is torch.strided and not each.is_inference() for each in parameters):
         return False
     for name, values in kept.items():
         for parameter, value in zip(parameters, values, strict=True):

@@ -216,8 +216,17 @@ def with_tagged_state(optimizer: Any) -> None:
 
 
 def with_one_counter(optimizer: Any) -> None:
-    states = [*optimizer.state.values()]
-    states[1]["step"] = states[0]["step"]
+    first, second, *_ = optimizer.param_groups[0]["params"]
+    optimizer.state[second]["step"] = optimizer.state[first]["step"]
+
+
+def with_one_counter_in_two_groups(optimizer: Any) -> None:
+    first, second = (group["params"][0] for group in optimizer.param_groups)
+    optimizer.state[second]["step"] = optimizer.state[first]["step"]
+
+
+def with_a_parameter_in_two_groups(optimizer: Any) -> None:
+    optimizer.param_groups[1]["params"].append(optimizer.param_groups[0]["params"][0])
 
 
 def with_another_number_of_steps(optimizer: Any) -> None:
@@ -265,6 +274,8 @@ UNUSUAL: dict[str, Callable[[Any], None]] = {
     "parameters in one memory": overlapping,
     "state of another kind": with_tagged_state,
     "one counter for two": with_one_counter,
+    "one counter for two groups": with_one_counter_in_two_groups,
+    "one parameter in two groups": with_a_parameter_in_two_groups,
     "another number of steps": with_another_number_of_steps,
     "gradients in parameters": with_gradients_in_parameters,
     "half": of_another_kind(torch.Tensor.half),
