@@ -4,7 +4,10 @@
 repository=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 python="$repository/.venv/bin/python"
 # Tests that concern the commit, recovery, lock and journal code: scripts/coverage runs them, and scripts/test the rest.
-covered_tests=(tests/durable tests/snapshot tests/state tests/loop tests/formats tests/cli/test_export.py tests/cli/test_import.py tests/cli/test_prune.py tests/manager)
+covered_tests=(tests/durable tests/snapshot tests/manager tests/formats tests/state/test_on_device.py
+    tests/cli/test_{export,import,prune}.py
+    tests/loop/test_{deadline,faults,full_disk,interval,odd_loops,opening,reading_again}.py
+    tests/loop/test_{run,saver,saving_in_evaluation,take_over,waiting}.py)
 
 say() { printf '== %s\n' "$*"; }
 

@@ -7,42 +7,50 @@ Policy: torch's `_foreach_` functions do for each tensor of a list what the sing
 kernel. Each parameter gets the operations of torch's single-tensor update (torch/optim/adam.py, sgd.py) in their order
 and with their numbers, so the bits are the same; this is tried out on something small, once for each way of updating.
 What lies in one call are parameters that a cache holds together: large ones are updated one by one, as ever, and
-memory is taken for no more of them at a time. What is not plain is left to torch: the first step, which makes the
-state; settings that are no plain numbers or ask for another way; parameters that have made different numbers of steps;
-tensors that are not on the CPU, not dense, of other types, or share memory; and all but float32 and float64 (of
-float16 `_foreach_mul_` gives other bits than `mul_`).
+memory is taken for no more of them at a time. Whatever is not plain is left to torch before anything is changed, as is
+the first step, which makes the state; what is plain is said where it is asked.
 
-Cost: some ten microseconds for seeing that all is plain.
+Cost: some ten microseconds for seeing that all is plain. No tensor is kept from one step to the next.
 """
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from functools import lru_cache
 from itertools import chain, pairwise
-from operator import attrgetter, is_
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.optim import SGD, Adam, AdamW
 
+from resumable_trainer.snapshot.likeness import guard
+
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Callable, Iterator, Mapping, Sequence
 
 try:
     from torch._C import _len_torch_dispatch_stack as num_dispatch_modes
     from torch._C import _len_torch_function_stack as num_function_modes
-    from torch.optim.adam import adam
-    from torch.optim.sgd import sgd
-except ImportError:  # no public parts of torch: where they are not what they were, one does without
+    from torch._C._functorch import peek_interpreter_stack as innermost_transform
+    from torch.optim import adam as adams
+    from torch.optim import sgd as sgds
+
+    def _pieces() -> list[object]:
+        """What torch's steps are made of; its compiler, once loaded, has wrapped some of it."""
+        of_adam = (Adam._init_group, AdamW._init_group, adams.adam, adams._single_tensor_adam)
+        of_sgd = (SGD._init_group, sgds.sgd, sgds._single_tensor_sgd)
+        return [getattr(piece, "_torchdynamo_orig_callable", piece) for piece in (*of_adam, *of_sgd)]
+
+    _TORCHS = _pieces()
+except (ImportError, AttributeError):  # no public parts of torch: where they are not what they were, one does without
     _is_known = False
 else:
     _is_known = True
 
 _PORTION_BYTES = 1024 * 1024  # of parameters that are updated in one call; five times as much is read or written
-_DTYPES = (torch.float32, torch.float64)
+_DTYPES = (torch.float32, torch.float64)  # of float16 `_foreach_mul_` gives other bits than `mul_`
 _OTHER_WAYS = ("foreach", "fused", "capturable", "differentiable", "maximize", "amsgrad")
-_looks = attrgetter("__class__", "layout", "dtype")
 
 
 class _Adam(NamedTuple):
@@ -53,32 +61,31 @@ class _Adam(NamedTuple):
     beta2: float
     eps: float
     weight_decay: float
-    decoupled: bool
+    decoupled_weight_decay: bool
 
     @classmethod
     def of(cls, group: Mapping[str, Any]) -> _Adam:
-        return cls(
-            lr=group["lr"],
-            beta1=group["betas"][0],
-            beta2=group["betas"][1],
-            eps=group["eps"],
-            weight_decay=group["weight_decay"],
-            decoupled=group["decoupled_weight_decay"],
-        )
+        beta1, beta2 = group["betas"]
+        return cls(group["lr"], beta1, beta2, group["eps"], group["weight_decay"], group["decoupled_weight_decay"])
 
     @property
     def kept(self) -> tuple[str, ...]:
         return ("step", "exp_avg", "exp_avg_sq")
 
+    def are_plain(self) -> bool:
+        """Whether they are numbers of Python with which torch computes, too, and no error comes of them."""
+        numbers, flag = self[:-1], self[-1]
+        return {*map(type, numbers), type(flag)} <= {float, int, bool} and 0 <= self.beta1 < 1 and 0 <= self.beta2 < 1
+
     def example(self) -> _Adam:
         """The same way of updating with other numbers."""
-        return _Adam(0.01, 0.9, 0.99, 1e-6, 0.1 if self.weight_decay else 0, self.decoupled)
+        return _Adam(0.01, 0.9, 0.99, 1e-6, 0.1 if self.weight_decay else 0, self.decoupled_weight_decay)
 
     def update(self, grads: list[Tensor], parameters: list[Tensor], *kept: list[Tensor]) -> None:
         steps, means, squares = kept
         torch._foreach_add_(steps, 1)
         step = steps[0].item()
-        if self.weight_decay and self.decoupled:
+        if self.weight_decay and self.decoupled_weight_decay:
             torch._foreach_mul_(parameters, 1 - self.lr * self.weight_decay)
         elif self.weight_decay:
             grads = [*torch._foreach_add(grads, parameters, alpha=self.weight_decay)]
@@ -93,8 +100,7 @@ class _Adam(NamedTuple):
     def update_by_torch(self, grads: list[Tensor], parameters: list[Tensor], *kept: list[Tensor]) -> None:
         steps, means, squares = kept
         settings: dict[str, Any] = {**self._asdict(), "amsgrad": False, "maximize": False, "foreach": False}
-        settings["decoupled_weight_decay"] = settings.pop("decoupled")
-        adam(parameters, grads, means, squares, [], steps, **settings)
+        adams.adam(parameters, grads, means, squares, [], steps, **settings)
 
 
 class _Sgd(NamedTuple):
@@ -114,6 +120,10 @@ class _Sgd(NamedTuple):
     def kept(self) -> tuple[str, ...]:
         return ("momentum_buffer",) if self.momentum else ()
 
+    def are_plain(self) -> bool:
+        """Whether they are numbers of Python with which torch computes, too."""
+        return {*map(type, self)} <= {float, int, bool}
+
     def example(self) -> _Sgd:
         """The same way of updating with other numbers."""
         dampening = 0 if self.nesterov else 0.1
@@ -131,26 +141,61 @@ class _Sgd(NamedTuple):
 
     def update_by_torch(self, grads: list[Tensor], parameters: list[Tensor], *kept: list[Tensor]) -> None:
         buffers: list[Any] = [*(kept[0] if kept else [None] * len(parameters))]
-        sgd(parameters, grads, buffers, **self._asdict(), maximize=False, foreach=False)
+        sgds.sgd(parameters, grads, buffers, **self._asdict(), maximize=False, foreach=False)
+
+
+Columns = tuple[list[Any], ...]
+"""Gradients, parameters, and what the optimizer keeps for each of them in the order of `kept`."""
 
 
 class _Known(NamedTuple):
-    """Parameters and what an optimizer keeps for them, and what was found out about them."""
+    """What was found out about plain columns.
 
-    tensors: list[Any]
+    Attributes:
+        passes: Whether tensors have the types, shapes, strides and so on of these.
+        pointers: Where parameters and what is kept for them lie.
+        begins: The same, of those that are not empty, in rising order.
+        ends: Where each of these ends.
+        spans: Bytes from the first to the last element of each gradient.
+        portions: Which parameters are updated in one call.
+    """
+
+    passes: Callable[..., bool]
     pointers: list[int]
-    places: frozenset[int]  # where something begins
-    looks: list[Any]  # of the parameters, and so of their gradients
-    portions: list[slice] | None  # of the parameters; None if torch must update them
+    begins: list[int]
+    ends: list[int]
+    spans: list[int]
+    portions: list[slice]
+
+    def holds_for(self, columns: Columns) -> bool:
+        """Whether it is true of these columns, too, wherever their gradients lie."""
+        grads, others = columns[0], [*chain.from_iterable(columns[1:])]
+        return (
+            len(grads) == len(self.spans)
+            and len(others) == len(self.pointers)
+            and self.passes(*grads, *others)
+            and [*map(Tensor.data_ptr, others)] == self.pointers
+            and self.is_apart(grads)
+        )
+
+    def is_apart(self, grads: Sequence[Tensor]) -> bool:
+        """Whether no gradient lies in a parameter, or in what is kept for one: these change before it is read."""
+        begins, ends = self.begins, self.ends
+        for begin, span in zip(map(Tensor.data_ptr, grads), self.spans, strict=True):
+            after = bisect_right(begins, begin)
+            if span and (
+                (after > 0 and ends[after - 1] > begin) or (after < len(begins) and begins[after] < begin + span)
+            ):
+                return False
+        return True
 
 
 class _Work(NamedTuple):
     """What is to be done with a group."""
 
     settings: _Adam | _Sgd
-    columns: tuple[list[Tensor], ...]  # gradients, parameters, and what is kept for each
-    portions: list[slice]
-    places: frozenset[int]
+    columns: Columns
+    known: _Known
 
 
 class MultiTensorStep:
@@ -162,7 +207,7 @@ class MultiTensorStep:
 
     def __init__(self, optimizer: torch.optim.Optimizer) -> None:
         self._optimizer = optimizer
-        self._settings_of = _Sgd.of if type(optimizer) is SGD else _Adam.of
+        self._kind = type(optimizer)
         self._known: dict[int, _Known] = {}
 
     @staticmethod
@@ -172,103 +217,149 @@ class MultiTensorStep:
 
     def __call__(self) -> bool:
         """Do what `optimizer.step()` does; False if nothing was done because torch has to do it."""
-        if num_function_modes() or num_dispatch_modes():
-            return False
-        works = []
-        for number, group in enumerate(self._optimizer.param_groups):
-            work = self._work(number, group)
-            if work is None:
-                return False
-            works.append(work)
-        places = [*chain.from_iterable(places for *_, places in works)] if len(works) > 1 else []
-        if len({*places}) < len(places):
+        if not self._steps_plainly():
             return False
         grad_mode = torch.is_grad_enabled()
         try:
-            torch.set_grad_enabled(False)
-            for settings, columns, portions, _ in works:
-                for portion in portions:
+            torch.set_grad_enabled(False)  # what torch does; as a context it takes longer
+            works = self._works()
+            for settings, columns, known in works or ():
+                for portion in known.portions:
                     settings.update(*(column[portion] for column in columns))
         finally:
             torch.set_grad_enabled(grad_mode)
-        return True
+        return works is not None
 
-    def _work(self, number: int, group: Mapping[str, Any]) -> _Work | None:
-        """What is to be done with a group; None if it is not plain."""
+    def _steps_plainly(self) -> bool:
+        """Whether it steps as torch has made it, and nobody hears of torch's operations or asks for something else."""
+        optimizer = self._optimizer
+        return not (
+            num_function_modes()
+            or num_dispatch_modes()
+            or innermost_transform() is not None
+            or torch.cuda.is_initialized()  # type: ignore[no-untyped-call] # torch steps in no graph that is captured
+            or type(optimizer) is not self._kind
+            or "_init_group" in vars(optimizer)
+            or optimizer.defaults.get("differentiable", True)
+            or getattr(optimizer, "grad_scale", None) is not None
+            or getattr(optimizer, "found_inf", None) is not None
+            or _pieces() != _TORCHS
+        )
+
+    def _works(self) -> list[_Work] | None:
+        """What is to be done with each group; None if torch has to do it."""
+        works = []
+        for number, group in enumerate(self._optimizer.param_groups):
+            settings = self._settings(group)
+            columns = self._columns(group, settings) if settings is not None else None
+            if settings is None or columns is None:
+                return None
+            if not columns[0]:
+                continue  # nothing has a gradient
+            known = self._what_is_known(number, settings, columns)
+            if known is None or not _has_torchs_bits(settings.example()):
+                return None
+            works.append(_Work(settings, columns, known))
+        begins = [*chain.from_iterable(work.known.begins for work in works)] if len(works) > 1 else []
+        return works if len({*begins}) == len(begins) else None  # what two groups share changes in between
+
+    def _settings(self, group: Mapping[str, Any]) -> _Adam | _Sgd | None:
+        """The settings of a group; None if they are not plain."""
         if any(map(group.get, _OTHER_WAYS)):
             return None
-        settings = self._settings_of(group)
-        if not {*map(type, settings[:-1])} <= {float, int}:
+        try:
+            settings = _Sgd.of(group) if self._kind is SGD else _Adam.of(group)
+            return settings if settings.are_plain() else None
+        except (KeyError, TypeError, ValueError):
             return None
+
+    def _columns(self, group: Mapping[str, Any], settings: _Adam | _Sgd) -> Columns | None:
+        """The tensors of a group, one column for each kind; None if there is no state, or it is not plain."""
         parameters, grads = [], []
         for parameter in group["params"]:
             if (grad := parameter.grad) is not None:
                 parameters.append(parameter)
                 grads.append(grad)
-        state = self._optimizer.state
-        names = settings.kept
+        if parameters and not _is_plain(parameters[0]):
+            return None  # hardly ever is it the only one
+        names, state = settings.kept, self._optimizer.state
         try:
             states = [state.get(parameter, {}) for parameter in parameters] if names else []
-            columns = (parameters, *([each[name] for each in states] for name in names))
+            return grads, parameters, *([each[name] for each in states] for name in names)
         except KeyError:
             return None
-        known = self._look(number, names, columns)
-        if known.portions is None or [*map(_looks, grads)] != known.looks:
-            return None
-        if not known.places.isdisjoint([grad.data_ptr() for grad in grads]):
-            return None
-        if isinstance(settings, _Adam) and len({step.item() for step in columns[1]}) > 1:
-            return None
-        if not _has_torchs_bits(settings.example()):
-            return None
-        return _Work(settings, (grads, *columns), known.portions, known.places)
 
-    def _look(self, number: int, names: tuple[str, ...], columns: tuple[list[Any], ...]) -> _Known:
-        """What is known of the tensors of a group, found out if they are others than in its last step."""
-        tensors = [*chain.from_iterable(columns)]
-        known = self._known.get(number)
-        if (
-            known is None
-            or len(known.tensors) != len(tensors)
-            or not all(map(is_, tensors, known.tensors))
-            or (known.portions is not None and [*map(Tensor.data_ptr, tensors)] != known.pointers)
-        ):
-            known = self._known[number] = _find_out(tensors, names, columns)
+    def _what_is_known(self, number: int, settings: _Adam | _Sgd, columns: Columns) -> _Known | None:
+        """What is known of the columns of a group, found out if it is not true of them; None if they are not plain."""
+        try:
+            known = self._known.get(number)
+            if known is None or not known.holds_for(columns):
+                self._known.pop(number, None)
+                known = _found_out(settings, columns)
+                if known is None:
+                    return None
+                self._known[number] = known
+        except RuntimeError:  # there are tensors without memory
+            return None
+        if isinstance(settings, _Adam):
+            steps = {step.item() for step in columns[2]}
+            return known if len(steps) == 1 and min(steps) >= 0 else None
         return known
 
 
-def _find_out(tensors: list[Any], names: tuple[str, ...], columns: tuple[list[Any], ...]) -> _Known:
-    parameters, *kept = columns
-    if not _are_plain(parameters, dict(zip(names, kept, strict=True))) or _share_memory(tensors):
-        return _Known(tensors, [], frozenset(), [], None)
-    pointers = [tensor.data_ptr() for tensor in tensors]
-    looks = [(Tensor, *_looks(parameter)[1:]) for parameter in parameters]
-    return _Known(tensors, pointers, frozenset(pointers) - {0}, looks, [*_portions(parameters)])
+def _found_out(settings: _Adam | _Sgd, columns: Columns) -> _Known | None:
+    grads, parameters, *kept = columns
+    if not all(map(_is_plain, parameters)) or not all(map(_is_like, grads, parameters)):
+        return None
+    for name, values in zip(settings.kept, kept, strict=True):
+        if name == "step":
+            if not all(map(_is_counter, values)) or len({value.dtype for value in values}) > 1:
+                return None
+        elif not all(map(_is_like, values, parameters)):
+            return None
+    tensors = [*chain.from_iterable(columns[1:])]
+    extents = sorted((tensor.data_ptr(), tensor.data_ptr() + _span(tensor)) for tensor in tensors if tensor.numel())
+    passes = guard([*grads, *tensors])
+    if passes is None or any(end > begin for (_, end), (begin, _) in pairwise(extents)):
+        return None
+    known = _Known(
+        passes,
+        pointers=[*map(Tensor.data_ptr, tensors)],
+        begins=[begin for begin, _ in extents],
+        ends=[end for _, end in extents],
+        spans=[*map(_span, grads)],
+        portions=[*_portions(parameters)],
+    )
+    return known if known.is_apart(grads) else None
 
 
-def _are_plain(parameters: list[Any], kept: Mapping[str, list[Any]]) -> bool:
-    """Whether they are dense tensors on the CPU, and what is kept for each is as it is, or the number of its steps."""
-    if not all(type(each) in (nn.Parameter, Tensor) and each.dtype in _DTYPES for each in parameters):
-        return False
-    if not all(each.is_cpu and each.layout is torch.strided and not each.is_inference() for each in parameters):
-        return False
-    for name, values in kept.items():
-        for parameter, value in zip(parameters, values, strict=True):
-            if type(value) is not Tensor or not value.is_cpu or value.layout is not torch.strided:
-                return False
-            if name != "step" and (value.dtype != parameter.dtype or value.shape != parameter.shape):
-                return False
-    return True
+def _is_plain(parameter: Any) -> bool:
+    return type(parameter) in (nn.Parameter, Tensor) and _is_dense(parameter) and parameter.dtype in _DTYPES
 
 
-def _share_memory(tensors: list[Tensor]) -> bool:
-    """Whether two of some tensors do: what is written into one in between would be seen in the other."""
-    extents = []
-    for tensor in tensors:
-        if tensor.numel():
-            last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
-            extents.append((tensor.data_ptr(), tensor.data_ptr() + (last + 1) * tensor.element_size()))
-    return any(end > begin for (_, end), (begin, _) in pairwise(sorted(extents)))
+def _is_like(value: Any, parameter: Tensor) -> bool:
+    """Whether it is a plain tensor of the parameter's dtype and shape."""
+    return (
+        type(value) is Tensor and _is_dense(value) and value.dtype == parameter.dtype and value.shape == parameter.shape
+    )
+
+
+def _is_counter(value: Any) -> bool:
+    return type(value) is Tensor and _is_dense(value) and not value.ndim and value.dtype in _DTYPES
+
+
+def _is_dense(tensor: Tensor) -> bool:
+    """Whether it is memory on the CPU, read as it lies there, which may be written into."""
+    is_strided = tensor.layout is torch.strided and not tensor.is_nested
+    return tensor.is_cpu and is_strided and not tensor.is_neg() and not tensor.is_inference()
+
+
+def _span(tensor: Tensor) -> int:
+    """Bytes from the first to the last element."""
+    if not tensor.numel():
+        return 0
+    last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    return (last + 1) * tensor.element_size()
 
 
 def _portions(parameters: list[Tensor]) -> Iterator[slice]:
@@ -279,8 +370,7 @@ def _portions(parameters: list[Tensor]) -> Iterator[slice]:
             yield slice(begin, number)
             begin, num_bytes = number, 0
         num_bytes += parameter.nbytes
-    if parameters:
-        yield slice(begin, len(parameters))
+    yield slice(begin, len(parameters))
 
 
 @lru_cache(maxsize=100)
@@ -296,12 +386,11 @@ def _has_torchs_bits(settings: _Adam | _Sgd) -> bool:
         return made
 
     mine, torchs = columns(), columns()
-    with torch.no_grad():
-        try:
-            for number in range(3):
-                grads = [parameter.sin() - number for parameter in mine[0]]
-                settings.update(grads, *mine)
-                settings.update_by_torch([grad.clone() for grad in grads], *torchs)
-        except Exception:  # noqa: BLE001 - whatever it is, it is slower without
-            return False
+    try:
+        for number in range(3):
+            grads = [parameter.sin() - number for parameter in mine[0]]
+            settings.update(grads, *mine)
+            settings.update_by_torch([grad.clone() for grad in grads], *torchs)
+    except Exception:  # noqa: BLE001 - whatever it is, it is slower without
+        return False
     return all(map(torch.equal, chain.from_iterable(mine), chain.from_iterable(torchs)))

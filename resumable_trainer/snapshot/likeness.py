@@ -31,7 +31,7 @@ class Likeness:
         self._addresses = _addresses(leaves)
         self._shared = _shared(self._addresses)
         self._has_parameters = any(type(leaf) is torch.nn.Parameter for leaf in marked)
-        self._passes = _guard(leaves)
+        self._passes = guard(leaves)
         # They may be views that negate or conjugate when they are read.
         self.is_usual = not any(leaf.is_complex() or leaf.is_neg() for leaf in leaves)
 
@@ -53,7 +53,7 @@ class Likeness:
             return self._passes(*leaves)
 
 
-def _guard(leaves: Sequence[torch.Tensor]) -> Callable[..., bool] | None:
+def guard(leaves: Sequence[torch.Tensor]) -> Callable[..., bool] | None:
     """Tells whether tensors are like these in all but what they hold and whether they are trained; None if nothing can.
 
     It is no public part of torch: where it is not what it was, one does without.

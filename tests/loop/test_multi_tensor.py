@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import copy
+import weakref
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch.optim import adam as adams
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -65,7 +67,7 @@ def groups(parameters: list[nn.Parameter]) -> list[dict[str, Any]]:
 
 
 def bits(tensor: torch.Tensor) -> bytes:
-    return tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+    return tensor.detach().resolve_neg().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
 
 
 def contents(parameters: list[nn.Parameter], optimizer: Optimizer) -> list[Any]:
@@ -74,7 +76,10 @@ def contents(parameters: list[nn.Parameter], optimizer: Optimizer) -> list[Any]:
     found += [bits(parameter.grad) for parameter in parameters if parameter.grad is not None]
     state = optimizer.state_dict()
     for number, values in state["state"].items():
-        found += [(number, name, bits(value), value._version) for name, value in values.items()]
+        found += [
+            (number, name, bits(value), None if value.is_inference() else value._version)
+            for name, value in values.items()
+        ]
     return [*found, state["param_groups"]]
 
 
@@ -265,7 +270,68 @@ def with_tagged_gradient(optimizer: Any) -> None:
     parameter.grad = torch.ones_like(parameter).as_subclass(Tagged)
 
 
+def put_on(name: str, value: Any) -> Callable[[Any], None]:
+    return lambda optimizer: setattr(optimizer, name, value)
+
+
+def with_default(optimizer: Any) -> None:
+    optimizer.defaults["differentiable"] = True
+
+
+class Own(torch.optim.Adam):
+    pass
+
+
+def of_another_class(optimizer: Any) -> None:
+    optimizer.__class__ = Own
+
+
+class Noted(nn.Parameter):
+    pass
+
+
+def with_parameter_of_another_class(optimizer: Any) -> None:
+    optimizer.param_groups[0]["params"][1].__class__ = Noted
+
+
+def with_gradient_within_a_parameter(optimizer: Any) -> None:
+    first, second, *_ = optimizer.param_groups[0]["params"]
+    second.grad = first.detach().reshape(-1)[1 : 1 + second.numel()].reshape(second.shape)
+
+
+def with_state(name: str, change: Callable[[torch.Tensor], torch.Tensor]) -> Callable[[Any], None]:
+    def put(optimizer: Any) -> None:
+        state = optimizer.state[optimizer.param_groups[0]["params"][2]]
+        state[name] = change(state[name])
+
+    return put
+
+
+def under_inference(tensor: torch.Tensor) -> torch.Tensor:
+    with torch.inference_mode():
+        return tensor.clone()
+
+
 UNUSUAL: dict[str, Callable[[Any], None]] = {
+    "gradients that are scaled": put_on("grad_scale", torch.tensor(2.0)),
+    "an infinite gradient found": put_on("found_inf", torch.tensor(1.0)),
+    "steps that are differentiated": with_default,
+    "an optimizer of another class": of_another_class,
+    "a parameter of another class": with_parameter_of_another_class,
+    "a parameter that negates": of_another_kind(torch._neg_view),
+    "a gradient within a parameter": with_gradient_within_a_parameter,
+    "state of another dtype": with_state("exp_avg", torch.Tensor.double),
+    "state of another shape": with_state("exp_avg", lambda tensor: tensor.new_zeros(77)),
+    "state of inference": with_state("exp_avg_sq", under_inference),
+    "a counter of another dtype": with_state("step", torch.Tensor.half),
+    "a counter that is a truth": with_state("step", torch.Tensor.bool),
+    "two counters": with_state("step", lambda tensor: tensor.repeat(2)),
+    "counters below zero": lambda optimizer: [each["step"].fill_(-1) for each in optimizer.state.values()],
+    "three betas": with_setting(betas=(0.9, 0.99, 0.999)),
+    "a beta of one": with_setting(betas=(1.0, 0.9)),
+    "a beta above one": with_setting(betas=(0.9, 1.5)),
+    "a beta below zero": with_setting(betas=(-0.1, 0.9)),
+    "no rate": lambda optimizer: optimizer.param_groups[1].pop("lr"),
     "foreach": with_setting(foreach=True),
     "maximize": with_setting(maximize=True),
     "a number of NumPy": with_setting(lr=np.float64(0.1)),
@@ -286,32 +352,161 @@ UNUSUAL: dict[str, Callable[[Any], None]] = {
 }
 
 
+def outcome(optimizer: Any) -> type[Exception] | None:
+    try:
+        optimizer.step()
+    except Exception as error:  # noqa: BLE001 - whatever torch says is right
+        return type(error)
+    return None
+
+
 @pytest.mark.parametrize("what", UNUSUAL)
 def test_what_is_not_plain_torch_updates_and_nothing_twice(lean: Lean, what: str) -> None:
     theirs, optimizer = stepped(WAYS["Adam"], steps=2)
     for step in range(2):
         lean.step(step)
+    outcomes = []
     for each, its in ((lean.optimizer, lean.parameters), (optimizer, theirs)):
         give_gradients(its, 7)
         UNUSUAL[what](each)
-        each.step()
+        outcomes.append(outcome(each))
+    assert outcomes[0] is outcomes[1]
     assert lean.at_once == [False, True, False]
-    assert lean.watch.stepped == {id(lean.optimizer)}
     assert contents(lean.parameters, lean.optimizer) == contents(theirs, optimizer)
 
 
-@pytest.mark.parametrize("changed", [torch.Tensor.double, lambda tensor: tensor.new_zeros(77)])
-def test_an_error_leaves_what_torchs_leaves(lean: Lean, changed: Any) -> None:
-    theirs, optimizer = stepped(WAYS["Adam"], steps=2)
+class Steps:
+    """An SGD of some parameters with what a run puts on it, and one as torch has it."""
+
+    def __init__(self, parameters: Callable[[], list[Any]], **settings: Any) -> None:
+        self.pairs = [(its, torch.optim.SGD(its, **settings)) for its in (parameters(), parameters())]
+        LeanOptimizers({"o": self.pairs[0][1]}, StepWatch({"o": self.pairs[0][1]}))
+
+    def step(self, act: Callable[[list[Any]], object]) -> None:
+        for its, optimizer in self.pairs:
+            act(its)
+            optimizer.step()
+        (mine, _), (theirs, _) = self.pairs
+        assert [each.detach().to_dense() for each in mine].__repr__() == [
+            each.detach().to_dense() for each in theirs
+        ].__repr__()
+
+
+def ones(parameters: list[Any]) -> None:
+    for parameter in parameters:
+        parameter.grad = torch.ones_like(parameter)
+
+
+def test_a_parameter_that_grows_into_another_is_noticed() -> None:
+    def grown(parameters: list[Any]) -> None:
+        first = parameters[0]
+        first.grad = None
+        first.data = torch.as_strided(first.detach(), (6,), (1,))
+        ones(parameters)
+
+    def neighbours() -> list[Any]:
+        memory = torch.arange(1.0, 7.0)
+        return [nn.Parameter(memory[:3]), nn.Parameter(memory[3:])]
+
+    steps = Steps(neighbours, lr=0.1, weight_decay=0.5)
+    steps.step(ones)
+    steps.step(grown)
+
+
+def test_a_gradient_that_begins_within_another_parameter_is_noticed() -> None:
+    def within(parameters: list[Any]) -> None:
+        parameters[0].grad = torch.ones(4)
+        parameters[1].grad = parameters[0].detach()[1:3]
+
+    def before(parameters: list[Any]) -> None:
+        memory = torch.ones(6)
+        parameters[0].grad = None
+        parameters[0].data = memory[2:]
+        parameters[0].grad = torch.ones(4)
+        parameters[1].grad = memory[1:3]
+
+    steps = Steps(lambda: [nn.Parameter(torch.arange(4.0)), nn.Parameter(torch.ones(2))], lr=0.1, weight_decay=0.1)
+    steps.step(ones)
+    steps.step(within)
+    steps.step(before)
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+def test_tensors_that_are_none_of_the_usual_are_stepped_as_ever() -> None:
+    steps = Steps(lambda: [nn.Parameter(torch.eye(2)), nn.Parameter(torch.ones(2))], lr=0.1)
+    steps.step(ones)
+
+    def sparse(parameters: list[Any]) -> None:
+        torch.utils.swap_tensors(parameters[0], nn.Parameter(torch.eye(2).to_sparse()))
+        parameters[0].grad = torch.eye(2).to_sparse()
+
+    steps.step(sparse)
+    nested = Steps(lambda: [nn.Parameter(torch.nested.nested_tensor([torch.ones(2), torch.ones(3)]))], lr=0.1)
+    for its, optimizer in nested.pairs:
+        its[0].to_padded_tensor(0.0).sum().backward()
+        optimizer.step()
+    (mine, theirs) = (its[0].detach().to_padded_tensor(0.0) for its, _ in nested.pairs)
+    assert torch.equal(mine, theirs)
+
+
+def test_what_becomes_plain_is_updated_at_once_from_then_on() -> None:
+    parameter = nn.Parameter(torch.ones(3, dtype=torch.bfloat16))
+    at_once = MultiTensorStep(torch.optim.SGD([parameter], lr=0.1))
+    parameter.grad = torch.ones_like(parameter)
+    assert not at_once()
+    parameter.grad = None
+    parameter.data = parameter.data.float()
+    parameter.grad = torch.ones_like(parameter)
+    assert at_once()
+    assert parameter.tolist() == pytest.approx([0.9] * 3)
+
+
+def test_within_a_transform_torch_says_what_is_wrong(lean: Lean) -> None:
     for step in range(2):
         lean.step(step)
-    for each, its in ((lean.optimizer, lean.parameters), (optimizer, theirs)):
-        give_gradients(its, 7)
-        state = each.state[each.param_groups[0]["params"][2]]
-        state["exp_avg"] = changed(state["exp_avg"])
-        with pytest.raises(RuntimeError):
-            each.step()
-    assert contents(lean.parameters, lean.optimizer) == contents(theirs, optimizer)
+    give_gradients(lean.parameters, 2)
+    before = contents(lean.parameters, lean.optimizer)
+    with pytest.raises(RuntimeError, match="mutate a captured Tensor"):
+        torch.func.grad(lambda x: (lean.optimizer.step(), (x * x).sum())[1])(torch.ones(3))
+    assert contents(lean.parameters, lean.optimizer) == before
+
+
+@pytest.mark.parametrize(("place", "name"), [(adams, "_single_tensor_adam"), (torch.optim.Adam, "_init_group")])
+def test_who_has_replaced_a_piece_of_torchs_step_is_called(
+    lean: Lean, place: Any, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for step in range(2):
+        lean.step(step)
+    called: list[str] = []
+    original = getattr(place, name)
+
+    def noted(*args: Any, **kwargs: Any) -> Any:
+        called.append(name)
+        return original(*args, **kwargs)
+
+    monkeypatch.setattr(place, name, noted)
+    lean.step(2)
+    assert called
+    assert lean.at_once == [False, True, False]
+
+
+def test_where_cuda_is_in_use_torch_looks_whether_a_graph_is_captured(
+    lean: Lean, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lean.step(0)
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    lean.step(1)
+    assert lean.at_once == [False, False]
+
+
+def test_no_tensor_is_kept_from_one_step_to_the_next(lean: Lean) -> None:
+    for step in range(3):
+        lean.step(step)
+    assert lean.at_once[-1]
+    state = lean.optimizer.state[lean.optimizer.param_groups[0]["params"][0]]
+    before = weakref.ref(state["exp_avg"])
+    state["exp_avg"] = state["exp_avg"].clone()
+    assert before() is None
 
 
 def test_sparse_gradients_and_amsgrad_are_torchs(monkeypatch: pytest.MonkeyPatch) -> None:
