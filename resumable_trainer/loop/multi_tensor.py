@@ -16,7 +16,6 @@ Cost: some ten microseconds for seeing that all is plain. No tensor is kept from
 from __future__ import annotations
 
 from bisect import bisect_right
-from functools import lru_cache
 from itertools import chain, pairwise
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -24,6 +23,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim import SGD, Adam, AdamW
 
+from resumable_trainer.loop import update_rules
+from resumable_trainer.loop.update_rules import OTHER_WAYS, AdamSettings, SgdSettings, has_torchs_bits
 from resumable_trainer.snapshot.likeness import guard
 
 if TYPE_CHECKING:
@@ -33,115 +34,13 @@ try:
     from torch._C import _len_torch_dispatch_stack as num_dispatch_modes
     from torch._C import _len_torch_function_stack as num_function_modes
     from torch._C._functorch import peek_interpreter_stack as innermost_transform
-    from torch.optim import adam as adams
-    from torch.optim import sgd as sgds
-
-    def _pieces() -> list[object]:
-        """What torch's steps are made of; its compiler, once loaded, has wrapped some of it."""
-        of_adam = (Adam._init_group, AdamW._init_group, adams.adam, adams._single_tensor_adam)
-        of_sgd = (SGD._init_group, sgds.sgd, sgds._single_tensor_sgd)
-        return [getattr(piece, "_torchdynamo_orig_callable", piece) for piece in (*of_adam, *of_sgd)]
-
-    _TORCHS = _pieces()
-except (ImportError, AttributeError):  # no public parts of torch: where they are not what they were, one does without
+except ImportError:  # no public parts of torch: where they are not what they were, one does without
     _is_known = False
 else:
-    _is_known = True
+    _is_known = update_rules.is_known
 
 _PORTION_BYTES = 1024 * 1024  # of parameters that are updated in one call; five times as much is read or written
 _DTYPES = (torch.float32, torch.float64)  # of float16 `_foreach_mul_` gives other bits than `mul_`
-_OTHER_WAYS = ("foreach", "fused", "capturable", "differentiable", "maximize", "amsgrad")
-
-
-class _Adam(NamedTuple):
-    """Settings of a group of Adam or AdamW."""
-
-    lr: float
-    beta1: float
-    beta2: float
-    eps: float
-    weight_decay: float
-    decoupled_weight_decay: bool
-
-    @classmethod
-    def of(cls, group: Mapping[str, Any]) -> _Adam:
-        beta1, beta2 = group["betas"]
-        return cls(group["lr"], beta1, beta2, group["eps"], group["weight_decay"], group["decoupled_weight_decay"])
-
-    @property
-    def kept(self) -> tuple[str, ...]:
-        return ("step", "exp_avg", "exp_avg_sq")
-
-    def are_plain(self) -> bool:
-        """Whether they are numbers of Python with which torch computes, too, and no error comes of them."""
-        numbers, flag = self[:-1], self[-1]
-        return {*map(type, numbers), type(flag)} <= {float, int, bool} and 0 <= self.beta1 < 1 and 0 <= self.beta2 < 1
-
-    def example(self) -> _Adam:
-        """The same way of updating with other numbers."""
-        return _Adam(0.01, 0.9, 0.99, 1e-6, 0.1 if self.weight_decay else 0, self.decoupled_weight_decay)
-
-    def update(self, grads: list[Tensor], parameters: list[Tensor], *kept: list[Tensor]) -> None:
-        steps, means, squares = kept
-        torch._foreach_add_(steps, 1)
-        step = steps[0].item()
-        if self.weight_decay and self.decoupled_weight_decay:
-            torch._foreach_mul_(parameters, 1 - self.lr * self.weight_decay)
-        elif self.weight_decay:
-            grads = [*torch._foreach_add(grads, parameters, alpha=self.weight_decay)]
-        torch._foreach_lerp_(means, grads, 1 - self.beta1)
-        torch._foreach_mul_(squares, self.beta2)
-        torch._foreach_addcmul_(squares, grads, grads, 1 - self.beta2)
-        denominators = torch._foreach_sqrt(squares)
-        torch._foreach_div_(denominators, (1 - self.beta2**step) ** 0.5)
-        torch._foreach_add_(denominators, self.eps)
-        torch._foreach_addcdiv_(parameters, means, denominators, -(self.lr / (1 - self.beta1**step)))
-
-    def update_by_torch(self, grads: list[Tensor], parameters: list[Tensor], *kept: list[Tensor]) -> None:
-        steps, means, squares = kept
-        settings: dict[str, Any] = {**self._asdict(), "amsgrad": False, "maximize": False, "foreach": False}
-        adams.adam(parameters, grads, means, squares, [], steps, **settings)
-
-
-class _Sgd(NamedTuple):
-    """Settings of a group of SGD."""
-
-    lr: float
-    momentum: float
-    dampening: float
-    weight_decay: float
-    nesterov: bool
-
-    @classmethod
-    def of(cls, group: Mapping[str, Any]) -> _Sgd:
-        return cls(*(group[name] for name in cls._fields))
-
-    @property
-    def kept(self) -> tuple[str, ...]:
-        return ("momentum_buffer",) if self.momentum else ()
-
-    def are_plain(self) -> bool:
-        """Whether they are numbers of Python with which torch computes, too."""
-        return {*map(type, self)} <= {float, int, bool}
-
-    def example(self) -> _Sgd:
-        """The same way of updating with other numbers."""
-        dampening = 0 if self.nesterov else 0.1
-        return _Sgd(0.01, 0.9 if self.momentum else 0, dampening, 0.1 if self.weight_decay else 0, self.nesterov)
-
-    def update(self, grads: list[Tensor], parameters: list[Tensor], *kept: list[Tensor]) -> None:
-        if self.weight_decay:
-            grads = [*torch._foreach_add(grads, parameters, alpha=self.weight_decay)]
-        if self.momentum:
-            (buffers,) = kept
-            torch._foreach_mul_(buffers, self.momentum)
-            torch._foreach_add_(buffers, grads, alpha=1 - self.dampening)
-            grads = [*torch._foreach_add(grads, buffers, alpha=self.momentum)] if self.nesterov else buffers
-        torch._foreach_add_(parameters, grads, alpha=-self.lr)
-
-    def update_by_torch(self, grads: list[Tensor], parameters: list[Tensor], *kept: list[Tensor]) -> None:
-        buffers: list[Any] = [*(kept[0] if kept else [None] * len(parameters))]
-        sgds.sgd(parameters, grads, buffers, **self._asdict(), maximize=False, foreach=False)
 
 
 Columns = tuple[list[Any], ...]
@@ -193,7 +92,7 @@ class _Known(NamedTuple):
 class _Work(NamedTuple):
     """What is to be done with a group."""
 
-    settings: _Adam | _Sgd
+    settings: AdamSettings | SgdSettings
     columns: Columns
     known: _Known
 
@@ -243,7 +142,7 @@ class MultiTensorStep:
             or optimizer.defaults.get("differentiable", True)
             or getattr(optimizer, "grad_scale", None) is not None
             or getattr(optimizer, "found_inf", None) is not None
-            or _pieces() != _TORCHS
+            or update_rules.pieces() != update_rules.TORCHS
         )
 
     def _works(self) -> list[_Work] | None:
@@ -257,23 +156,23 @@ class MultiTensorStep:
             if not columns[0]:
                 continue  # nothing has a gradient
             known = self._what_is_known(number, settings, columns)
-            if known is None or not _has_torchs_bits(settings.example()):
+            if known is None or not has_torchs_bits(settings.example()):
                 return None
             works.append(_Work(settings, columns, known))
         begins = [*chain.from_iterable(work.known.begins for work in works)] if len(works) > 1 else []
         return works if len({*begins}) == len(begins) else None  # what two groups share changes in between
 
-    def _settings(self, group: Mapping[str, Any]) -> _Adam | _Sgd | None:
+    def _settings(self, group: Mapping[str, Any]) -> AdamSettings | SgdSettings | None:
         """The settings of a group; None if they are not plain."""
-        if any(map(group.get, _OTHER_WAYS)):
+        if any(map(group.get, OTHER_WAYS)):
             return None
         try:
-            settings = _Sgd.of(group) if self._kind is SGD else _Adam.of(group)
+            settings = SgdSettings.of(group) if self._kind is SGD else AdamSettings.of(group)
             return settings if settings.are_plain() else None
         except (KeyError, TypeError, ValueError):
             return None
 
-    def _columns(self, group: Mapping[str, Any], settings: _Adam | _Sgd) -> Columns | None:
+    def _columns(self, group: Mapping[str, Any], settings: AdamSettings | SgdSettings) -> Columns | None:
         """The tensors of a group, one column for each kind; None if there is no state, or it is not plain."""
         parameters, grads = [], []
         for parameter in group["params"]:
@@ -289,7 +188,7 @@ class MultiTensorStep:
         except KeyError:
             return None
 
-    def _what_is_known(self, number: int, settings: _Adam | _Sgd, columns: Columns) -> _Known | None:
+    def _what_is_known(self, number: int, settings: AdamSettings | SgdSettings, columns: Columns) -> _Known | None:
         """What is known of the columns of a group, found out if it is not true of them; None if they are not plain."""
         try:
             known = self._known.get(number)
@@ -301,13 +200,13 @@ class MultiTensorStep:
                 self._known[number] = known
         except RuntimeError:  # there are tensors without memory
             return None
-        if isinstance(settings, _Adam):
+        if isinstance(settings, AdamSettings):
             steps = {step.item() for step in columns[2]}
             return known if len(steps) == 1 and min(steps) >= 0 else None
         return known
 
 
-def _found_out(settings: _Adam | _Sgd, columns: Columns) -> _Known | None:
+def _found_out(settings: AdamSettings | SgdSettings, columns: Columns) -> _Known | None:
     grads, parameters, *kept = columns
     if not all(map(_is_plain, parameters)) or not all(map(_is_like, grads, parameters)):
         return None
@@ -371,26 +270,3 @@ def _portions(parameters: list[Tensor]) -> Iterator[slice]:
             begin, num_bytes = number, 0
         num_bytes += parameter.nbytes
     yield slice(begin, len(parameters))
-
-
-@lru_cache(maxsize=100)
-def _has_torchs_bits(settings: _Adam | _Sgd) -> bool:
-    """Whether steps of some small parameters give the bits of torch's single-tensor update."""
-    sizes = (1, 7, 64, 99)
-
-    def columns() -> list[list[Tensor]]:
-        made = [[torch.linspace(-1, 1, size, device="cpu", dtype=torch.float32) for size in sizes]]
-        for name in settings.kept:
-            shapes = [() if name == "step" else (size,) for size in sizes]
-            made.append([torch.zeros(shape, device="cpu", dtype=torch.float32) for shape in shapes])
-        return made
-
-    mine, torchs = columns(), columns()
-    try:
-        for number in range(3):
-            grads = [parameter.sin() - number for parameter in mine[0]]
-            settings.update(grads, *mine)
-            settings.update_by_torch([grad.clone() for grad in grads], *torchs)
-    except Exception:  # noqa: BLE001 - whatever it is, it is slower without
-        return False
-    return all(map(torch.equal, chain.from_iterable(mine), chain.from_iterable(torchs)))

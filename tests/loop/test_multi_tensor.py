@@ -14,7 +14,7 @@ from torch.optim import adam as adams
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from resumable_trainer.loop import multi_tensor
+from resumable_trainer.loop import multi_tensor, update_rules
 from resumable_trainer.loop.lean import LeanOptimizers
 from resumable_trainer.loop.multi_tensor import MultiTensorStep
 from resumable_trainer.state.modes import StepWatch
@@ -572,9 +572,9 @@ def test_types_other_than_the_three_are_torchs() -> None:
 
 @pytest.fixture
 def tried_anew() -> Iterator[None]:
-    multi_tensor._has_torchs_bits.cache_clear()
+    update_rules.has_torchs_bits.cache_clear()
     yield
-    multi_tensor._has_torchs_bits.cache_clear()
+    update_rules.has_torchs_bits.cache_clear()
 
 
 def other_bits(*args: Any) -> Any:
