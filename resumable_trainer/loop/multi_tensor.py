@@ -198,7 +198,7 @@ class MultiTensorStep:
                 if known is None:
                     return None
                 self._known[number] = known
-        except RuntimeError:  # there are tensors without memory
+        except RuntimeError:  # not all have one memory: nested tensors, say
             return None
         if isinstance(settings, AdamSettings):
             steps = {step.item() for step in columns[2]}
@@ -249,8 +249,8 @@ def _is_counter(value: Any) -> bool:
 
 def _is_dense(tensor: Tensor) -> bool:
     """Whether it is memory on the CPU, read as it lies there, which may be written into."""
-    is_strided = tensor.layout is torch.strided and not tensor.is_nested
-    return tensor.is_cpu and is_strided and not tensor.is_neg() and not tensor.is_inference()
+    is_strided = tensor.is_cpu and tensor.layout is torch.strided
+    return is_strided and not tensor.is_neg() and not tensor.is_inference()
 
 
 def _span(tensor: Tensor) -> int:

@@ -274,6 +274,20 @@ def put_on(name: str, value: Any) -> Callable[[Any], None]:
     return lambda optimizer: setattr(optimizer, name, value)
 
 
+def with_init_group(optimizer: Any) -> None:
+    original = optimizer._init_group
+
+    def without_the_first(group: Any, *lists: Any) -> Any:
+        return original({**group, "params": group["params"][1:]}, *lists)
+
+    optimizer._init_group = without_the_first
+
+
+def with_other_counters(optimizer: Any) -> None:
+    for values in optimizer.state.values():
+        values["step"] = values["step"].half()
+
+
 def with_default(optimizer: Any) -> None:
     optimizer.defaults["differentiable"] = True
 
@@ -323,6 +337,9 @@ UNUSUAL: dict[str, Callable[[Any], None]] = {
     "state of another dtype": with_state("exp_avg", torch.Tensor.double),
     "state of another shape": with_state("exp_avg", lambda tensor: tensor.new_zeros(77)),
     "state of inference": with_state("exp_avg_sq", under_inference),
+    "a piece of its own": with_init_group,
+    "counters of another dtype": with_other_counters,
+    "a counter of more digits": with_state("step", torch.Tensor.double),
     "a counter of another dtype": with_state("step", torch.Tensor.half),
     "a counter that is a truth": with_state("step", torch.Tensor.bool),
     "two counters": with_state("step", lambda tensor: tensor.repeat(2)),
@@ -447,6 +464,24 @@ def test_tensors_that_are_none_of_the_usual_are_stepped_as_ever() -> None:
         optimizer.step()
     (mine, theirs) = (its[0].detach().to_padded_tensor(0.0) for its, _ in nested.pairs)
     assert torch.equal(mine, theirs)
+
+
+def test_a_momentum_that_is_set_later_is_followed() -> None:
+    steps = Steps(lambda: [nn.Parameter(torch.ones(3)), nn.Parameter(torch.ones(3))], lr=0.1)
+    steps.step(ones)
+    for its, optimizer in steps.pairs:
+        optimizer.param_groups[0]["momentum"] = 0.9
+        for parameter in its:
+            optimizer.state[parameter]["momentum_buffer"] = torch.full((3,), 0.5)
+
+    def the_first_alone(parameters: list[Any]) -> None:
+        ones(parameters)
+        parameters[1].grad = None
+
+    steps.step(the_first_alone)
+    steps.pairs[0][1].param_groups[0]["momentum"] = steps.pairs[1][1].param_groups[0]["momentum"] = 0
+    steps.step(the_first_alone)
+    steps.step(ones)
 
 
 def test_what_becomes_plain_is_updated_at_once_from_then_on() -> None:
