@@ -10,7 +10,7 @@ What lies in one call are parameters that a cache holds together: large ones are
 memory is taken for no more of them at a time. Whatever is not plain is left to torch before anything is changed, as is
 the first step, which makes the state; what is plain is said where it is asked.
 
-Cost: some ten microseconds for seeing that all is plain. No tensor is kept from one step to the next.
+Cost: seeing that all is plain takes a third of what is gained. No tensor is kept from one step to the next.
 """
 
 from __future__ import annotations
