@@ -10,7 +10,8 @@ What lies in one call are parameters that a cache holds together: large ones are
 memory is taken for no more of them at a time. Whatever is not plain is left to torch before anything is changed, as is
 the first step, which makes the state; what is plain is said where it is asked.
 
-Cost: seeing that all is plain takes a third of what is gained. No tensor is kept from one step to the next.
+Cost: at each step a few calls for all tensors of a group, to see that all is plain; groups too small to gain by it go
+torch's way. No tensor is kept from one step to the next.
 """
 
 from __future__ import annotations
@@ -173,13 +174,13 @@ class MultiTensorStep:
             return None
 
     def _columns(self, group: Mapping[str, Any], settings: AdamSettings | SgdSettings) -> Columns | None:
-        """The tensors of a group, one column for each kind; None if there is no state, or it is not plain."""
+        """The tensors of a group, one column for each kind; None if they are too few, without state, or not plain."""
         parameters, grads = [], []
         for parameter in group["params"]:
             if (grad := parameter.grad) is not None:
                 parameters.append(parameter)
                 grads.append(grad)
-        if parameters and not _is_plain(parameters[0]):
+        if len(parameters) < settings.fewest or (parameters and not _is_plain(parameters[0])):
             return None  # hardly ever is it the only one
         names, state = settings.kept, self._optimizer.state
         try:
@@ -193,7 +194,6 @@ class MultiTensorStep:
         try:
             known = self._known.get(number)
             if known is None or not known.holds_for(columns):
-                self._known.pop(number, None)
                 known = _found_out(settings, columns)
                 if known is None:
                     return None
