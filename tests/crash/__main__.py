@@ -13,7 +13,6 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parent))
 
 import comparison
-from faults import make_ready
 from lab import LAYERS, Count, Lab, run_layer, scratch_directory
 from seeded import EXPECTED, SCENARIOS_OF, SEEDED, seeded
 
@@ -88,7 +87,6 @@ def _run_seeded(names: list[str], seed: int, *, full: bool) -> int:
 
     The short table tries each fault in the layers that are expected to catch it; the full one in all.
     """
-    make_ready()  # what is there before the faults strike comes from sound code
     catches: Counter[str] = Counter()
     missed, skipped = [], set()
     for fault in SEEDED:

@@ -69,12 +69,12 @@ def make_ready() -> None:
     torch.set_num_threads(1)  # a forked child has no thread pool
     oracle.golden_run()
     for scenario in SCENARIOS:
-        _base(scenario)
+        base_of(scenario)
 
 
 def lay_base(scenario: str, directory: Path) -> None:
     """Put down a scenario's run directory as it is before the act; nothing if there is none yet."""
-    for path, data in _base(scenario):
+    for path, data in base_of(scenario):
         if data is None:
             (directory / path).mkdir()
         else:
@@ -82,7 +82,7 @@ def lay_base(scenario: str, directory: Path) -> None:
 
 
 @functools.cache
-def _base(scenario: str) -> list[tuple[str, bytes | None]]:
+def base_of(scenario: str) -> list[tuple[str, bytes | None]]:
     """Paths in a scenario's run directory, parents first, with their bytes; None for directories."""
     with tempfile.TemporaryDirectory() as scratch:
         directory = Path(scratch) / "run"

@@ -13,6 +13,8 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 from unittest.mock import patch
 
+from faults import make_ready
+
 from resumable_trainer.durable import digest
 from resumable_trainer.durable import journal as journal_module
 from resumable_trainer.durable import lock as lock_module
@@ -335,7 +337,8 @@ SCENARIOS_OF: dict[str, tuple[str, ...]] = {
 
 @contextlib.contextmanager
 def seeded(name: str) -> Iterator[None]:
-    """Work with the fault of that name."""
+    """Work with the fault of that name; what lies there before it strikes comes from sound code."""
+    make_ready()
     with contextlib.ExitStack() as stack:
         for owner, attribute, fault in SEEDED[name]:
             in_place = patch.dict(owner, {attribute: fault}) if isinstance(owner, dict) else None

@@ -11,7 +11,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 import ptrace
 from crash_states import judge
-from faults import Bench, benches, make_ready
+from faults import Bench, base_of, benches
 from lab import HOSTILE, LAYERS, Count, Lab, run_layer, scratch_directory
 from model import Model, UnmodelledCallError
 from scenarios import SCENARIOS, name_of
@@ -68,6 +68,14 @@ def test_the_model_catches(fault: str) -> None:
         assert violations_of(bench)
 
 
+def test_what_lies_there_before_a_fault_strikes_comes_from_sound_code() -> None:
+    base_of.cache_clear()
+    with seeded("written in place"):
+        for scenario in SCENARIOS:
+            base_of(scenario)
+    assert base_of.cache_info().misses == len(SCENARIOS)  # made anew, once each
+
+
 def test_the_model_catches_that_nothing_names_a_new_run_directory() -> None:
     with scratch_directory() as scratch, seeded("run directory's own name not synced"):
         (bench,) = benches(Lab(long=False, seed=SEED, scratch=scratch, scenarios=("first snapshot",)))
@@ -110,7 +118,6 @@ def test_every_deliberate_fault_has_a_layer_and_every_layer_a_fault() -> None:
 
 @pytest.mark.parametrize(("fault", "layer"), [("a full disk is no error", "L6"), ("lock taken by everybody", "L9")])
 def test_a_layer_catches(fault: str, layer: str) -> None:
-    make_ready()
     with scratch_directory() as scratch, seeded(fault):
         count = run_layer(layer, Lab(long=False, seed=SEED, scratch=scratch))
     if count.skipped is not None:
