@@ -16,8 +16,10 @@ torch's way. No tensor is kept from one step to the next.
 
 from __future__ import annotations
 
-from bisect import bisect_right
-from itertools import chain, pairwise
+from bisect import bisect_left, bisect_right
+from itertools import chain, pairwise, repeat
+from operator import add, is_, itemgetter
+from types import NoneType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -25,15 +27,16 @@ from torch import Tensor, nn
 from torch.optim import SGD, Adam, AdamW
 
 from resumable_trainer.loop import update_rules
-from resumable_trainer.loop.update_rules import OTHER_WAYS, AdamSettings, SgdSettings, has_torchs_bits
+from resumable_trainer.loop.update_rules import OTHER_WAYS, AdamSettings, Settings, SgdSettings, has_torchs_bits
 from resumable_trainer.snapshot.likeness import guard
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping, Sequence
+    from collections.abc import Callable, Iterator, Mapping
 
 try:
     from torch._C import _len_torch_dispatch_stack as num_dispatch_modes
     from torch._C import _len_torch_function_stack as num_function_modes
+    from torch._C import _set_grad_enabled as set_grad_enabled
     from torch._C._functorch import peek_interpreter_stack as innermost_transform
 except ImportError:  # no public parts of torch: where they are not what they were, one does without
     _is_known = False
@@ -44,8 +47,157 @@ _PORTION_BYTES = 1024 * 1024  # of parameters that are updated in one call; five
 _DTYPES = (torch.float32, torch.float64)  # of float16 `_foreach_mul_` gives other bits than `mul_`
 
 
+_UNCHANGING = {float, int, bool, NoneType, tuple}  # of which a number that is the same object is the same number
+
 Columns = tuple[list[Any], ...]
 """Gradients, parameters, and what the optimizer keeps for each of them in the order of `kept`."""
+
+
+class MultiTensorStep:
+    """The plain steps of an SGD, Adam or AdamW.
+
+    Args:
+        optimizer: One of those that `serves` is true for.
+    """
+
+    def __init__(self, optimizer: torch.optim.Optimizer) -> None:
+        self._optimizer = optimizer
+        self._kind = type(optimizer)
+        self._groups: list[_Group] = []
+
+    @staticmethod
+    def serves(optimizer: torch.optim.Optimizer) -> bool:
+        """Whether the optimizer is of exactly these types: a subclass may do something else."""
+        return _is_known and type(optimizer) in (SGD, Adam, AdamW)
+
+    def __call__(self) -> bool:
+        """Do what `optimizer.step()` does; False if nothing was done because torch has to do it."""
+        if not self._steps_plainly():
+            return False
+        grad_mode = torch.is_grad_enabled()
+        try:
+            set_grad_enabled(False)  # what torch does; as a context it takes longer
+            works = self._works()
+            for settings, columns, known in works or ():
+                for portion in known.portions:
+                    settings.update(*(column[portion] for column in columns))
+        finally:
+            set_grad_enabled(grad_mode)
+        return works is not None
+
+    def _steps_plainly(self) -> bool:
+        """Whether it steps as torch has made it, and nobody hears of torch's operations or asks for something else."""
+        optimizer = self._optimizer
+        return not (
+            num_function_modes()
+            or num_dispatch_modes()
+            or innermost_transform() is not None
+            or torch.cuda.is_initialized()  # type: ignore[no-untyped-call] # torch steps in no graph that is captured
+            or type(optimizer) is not self._kind
+            or "_init_group" in optimizer.__dict__
+            or optimizer.defaults.get("differentiable", True)
+            or getattr(optimizer, "grad_scale", None) is not None
+            or getattr(optimizer, "found_inf", None) is not None
+            or not update_rules.are_torchs()
+        )
+
+    def _works(self) -> list[_Work] | None:
+        """What is to be done with each group; None if torch has to do it."""
+        groups, state = self._optimizer.param_groups, self._optimizer.state
+        while len(self._groups) < len(groups):
+            self._groups.append(_Group(SgdSettings if self._kind is SGD else AdamSettings))
+        owners, kept = [*state], [*state.values()]
+        works, begin = [], 0
+        for group, remembered in zip(groups, self._groups, strict=False):
+            rule = remembered.rule_of(group)
+            if rule is None:
+                return None
+            parameters, grads = [], []
+            for parameter in group["params"]:
+                if (grad := parameter.grad) is not None:
+                    parameters.append(parameter)
+                    grads.append(grad)
+            if len(parameters) < rule.fewest:
+                return None
+            if not parameters:
+                continue
+            end = begin + len(parameters)
+            if end <= len(owners) and all(map(is_, owners[begin:end], parameters)):
+                states = kept[begin:end]  # as good as ever: it is quicker to see than each is to look up
+            else:
+                states = [state.get(parameter, {}) for parameter in parameters]
+            begin = end
+            work = remembered.work(rule, grads, parameters, states)
+            if work is None:
+                return None
+            works.append(work)
+        begins = [*chain.from_iterable(work.known.begins for work in works)] if len(works) > 1 else []
+        return works if len({*begins}) == len(begins) else None  # what two groups share changes in between
+
+
+class _Rule(NamedTuple):
+    """How a group is updated.
+
+    Attributes:
+        settings: Its settings.
+        fewest: As in the settings.
+        take: Takes what is kept for one parameter; one function for each of `kept`.
+    """
+
+    settings: Settings
+    fewest: int
+    take: list[itemgetter[Any]]
+
+
+class _Group:
+    """What is remembered of one of the groups from one step to the next: no tensor.
+
+    Args:
+        kind: Of its settings.
+    """
+
+    def __init__(self, kind: type[Settings]) -> None:
+        self._kind = kind
+        self._read = itemgetter(*kind.names())
+        self._values: tuple[Any, ...] = ()
+        self._rule: _Rule | None = None
+        self._known: _Known | None = None
+
+    def rule_of(self, group: Mapping[str, Any]) -> _Rule | None:
+        """How the group is updated; None if its settings are not plain."""
+        try:
+            values = self._read(group)
+            if self._rule is not None and all(map(is_, values, self._values)):
+                return self._rule
+            if any(map(group.get, OTHER_WAYS)):
+                return None
+            settings = self._kind.of(group)
+            if not settings.are_plain() or not has_torchs_bits(settings.example()):
+                return None
+        except (KeyError, TypeError, ValueError):
+            return None
+        rule = _Rule(settings, settings.fewest, [*map(itemgetter, settings.kept)])
+        if {*map(type, values)} <= _UNCHANGING:
+            self._values, self._rule = values, rule
+        return rule
+
+    def work(self, rule: _Rule, grads: list[Tensor], parameters: list[Tensor], states: list[Any]) -> _Work | None:
+        """What is to be done with all parameters that have gradients; None if something is not plain."""
+        settings, known = rule.settings, self._known
+        try:
+            columns = (grads, parameters, *[[*map(take, states)] for take in rule.take])
+            if known is None or not known.holds_for(columns):
+                known = _found_out(settings, columns)
+                if known is None:
+                    return None
+                self._known = known
+        except (KeyError, RuntimeError):  # no state yet; not all have one memory: nested tensors, say
+            return None
+        if isinstance(settings, AdamSettings):
+            steps = [*map(Tensor.item, columns[2])]
+            if steps.count(steps[0]) < len(steps) or steps[0] < 0:
+                return None
+        return _Work(settings, columns, known)
 
 
 class _Known(NamedTuple):
@@ -69,144 +221,33 @@ class _Known(NamedTuple):
 
     def holds_for(self, columns: Columns) -> bool:
         """Whether it is true of these columns, too, wherever their gradients lie."""
-        grads, others = columns[0], [*chain.from_iterable(columns[1:])]
-        return (
-            len(grads) == len(self.spans)
-            and len(others) == len(self.pointers)
-            and self.passes(*grads, *others)
-            and [*map(Tensor.data_ptr, others)] == self.pointers
-            and self.is_apart(grads)
-        )
+        tensors, num_grads = [*chain.from_iterable(columns)], len(self.spans)
+        if len(tensors) != num_grads + len(self.pointers) or not self.passes(*tensors):
+            return False
+        pointers = [*map(Tensor.data_ptr, tensors)]
+        return pointers[num_grads:] == self.pointers and self.is_apart(pointers[:num_grads])
 
-    def is_apart(self, grads: Sequence[Tensor]) -> bool:
-        """Whether no gradient lies in a parameter, or in what is kept for one: these change before it is read."""
-        begins, ends = self.begins, self.ends
-        for begin, span in zip(map(Tensor.data_ptr, grads), self.spans, strict=True):
-            after = bisect_right(begins, begin)
-            if span and (
-                (after > 0 and ends[after - 1] > begin) or (after < len(begins) and begins[after] < begin + span)
-            ):
-                return False
-        return True
+    def is_apart(self, grads: list[int]) -> bool:
+        """Whether no gradient lies in a parameter, or in what is kept for one: these change before it is read.
+
+        Args:
+            grads: Where each gradient begins.
+        """
+        num_begun = [*map(bisect_right, repeat(self.begins), grads)]  # of what lies there, before each gradient
+        num_ended = [*map(bisect_right, repeat(self.ends), grads)]
+        num_begun_at_end = [*map(bisect_left, repeat(self.begins), map(add, grads, self.spans))]
+        return num_ended == num_begun == num_begun_at_end
 
 
 class _Work(NamedTuple):
     """What is to be done with a group."""
 
-    settings: AdamSettings | SgdSettings
+    settings: Settings
     columns: Columns
     known: _Known
 
 
-class MultiTensorStep:
-    """The plain steps of an SGD, Adam or AdamW.
-
-    Args:
-        optimizer: One of those that `serves` is true for.
-    """
-
-    def __init__(self, optimizer: torch.optim.Optimizer) -> None:
-        self._optimizer = optimizer
-        self._kind = type(optimizer)
-        self._known: dict[int, _Known] = {}
-
-    @staticmethod
-    def serves(optimizer: torch.optim.Optimizer) -> bool:
-        """Whether the optimizer is of exactly these types: a subclass may do something else."""
-        return _is_known and type(optimizer) in (SGD, Adam, AdamW)
-
-    def __call__(self) -> bool:
-        """Do what `optimizer.step()` does; False if nothing was done because torch has to do it."""
-        if not self._steps_plainly():
-            return False
-        grad_mode = torch.is_grad_enabled()
-        try:
-            torch.set_grad_enabled(False)  # what torch does; as a context it takes longer
-            works = self._works()
-            for settings, columns, known in works or ():
-                for portion in known.portions:
-                    settings.update(*(column[portion] for column in columns))
-        finally:
-            torch.set_grad_enabled(grad_mode)
-        return works is not None
-
-    def _steps_plainly(self) -> bool:
-        """Whether it steps as torch has made it, and nobody hears of torch's operations or asks for something else."""
-        optimizer = self._optimizer
-        return not (
-            num_function_modes()
-            or num_dispatch_modes()
-            or innermost_transform() is not None
-            or torch.cuda.is_initialized()  # type: ignore[no-untyped-call] # torch steps in no graph that is captured
-            or type(optimizer) is not self._kind
-            or "_init_group" in vars(optimizer)
-            or optimizer.defaults.get("differentiable", True)
-            or getattr(optimizer, "grad_scale", None) is not None
-            or getattr(optimizer, "found_inf", None) is not None
-            or update_rules.pieces() != update_rules.TORCHS
-        )
-
-    def _works(self) -> list[_Work] | None:
-        """What is to be done with each group; None if torch has to do it."""
-        works = []
-        for number, group in enumerate(self._optimizer.param_groups):
-            settings = self._settings(group)
-            columns = self._columns(group, settings) if settings is not None else None
-            if settings is None or columns is None:
-                return None
-            if not columns[0]:
-                continue  # nothing has a gradient
-            known = self._what_is_known(number, settings, columns)
-            if known is None or not has_torchs_bits(settings.example()):
-                return None
-            works.append(_Work(settings, columns, known))
-        begins = [*chain.from_iterable(work.known.begins for work in works)] if len(works) > 1 else []
-        return works if len({*begins}) == len(begins) else None  # what two groups share changes in between
-
-    def _settings(self, group: Mapping[str, Any]) -> AdamSettings | SgdSettings | None:
-        """The settings of a group; None if they are not plain."""
-        if any(map(group.get, OTHER_WAYS)):
-            return None
-        try:
-            settings = SgdSettings.of(group) if self._kind is SGD else AdamSettings.of(group)
-            return settings if settings.are_plain() else None
-        except (KeyError, TypeError, ValueError):
-            return None
-
-    def _columns(self, group: Mapping[str, Any], settings: AdamSettings | SgdSettings) -> Columns | None:
-        """The tensors of a group, one column for each kind; None if they are too few, without state, or not plain."""
-        parameters, grads = [], []
-        for parameter in group["params"]:
-            if (grad := parameter.grad) is not None:
-                parameters.append(parameter)
-                grads.append(grad)
-        if len(parameters) < settings.fewest or (parameters and not _is_plain(parameters[0])):
-            return None  # hardly ever is it the only one
-        names, state = settings.kept, self._optimizer.state
-        try:
-            states = [state.get(parameter, {}) for parameter in parameters] if names else []
-            return grads, parameters, *([each[name] for each in states] for name in names)
-        except KeyError:
-            return None
-
-    def _what_is_known(self, number: int, settings: AdamSettings | SgdSettings, columns: Columns) -> _Known | None:
-        """What is known of the columns of a group, found out if it is not true of them; None if they are not plain."""
-        try:
-            known = self._known.get(number)
-            if known is None or not known.holds_for(columns):
-                known = _found_out(settings, columns)
-                if known is None:
-                    return None
-                self._known[number] = known
-        except RuntimeError:  # not all have one memory: nested tensors, say
-            return None
-        if isinstance(settings, AdamSettings):
-            steps = {step.item() for step in columns[2]}
-            return known if len(steps) == 1 and min(steps) >= 0 else None
-        return known
-
-
-def _found_out(settings: AdamSettings | SgdSettings, columns: Columns) -> _Known | None:
+def _found_out(settings: Settings, columns: Columns) -> _Known | None:
     grads, parameters, *kept = columns
     if not all(map(_is_plain, parameters)) or not all(map(_is_like, grads, parameters)):
         return None
@@ -229,7 +270,7 @@ def _found_out(settings: AdamSettings | SgdSettings, columns: Columns) -> _Known
         spans=[*map(_span, grads)],
         portions=[*_portions(parameters)],
     )
-    return known if known.is_apart(grads) else None
+    return known if known.is_apart([*map(Tensor.data_ptr, grads)]) else None
 
 
 def _is_plain(parameter: Any) -> bool:

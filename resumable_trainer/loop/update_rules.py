@@ -21,17 +21,22 @@ try:
     from torch.optim import adam as adams
     from torch.optim import sgd as sgds
 
-    def pieces() -> list[object]:
-        """What torch's steps are made of; its compiler, once loaded, has wrapped some of it."""
+    def _pieces() -> list[Any]:
         of_adam = (Adam._init_group, AdamW._init_group, adams.adam, adams._single_tensor_adam)
-        of_sgd = (SGD._init_group, sgds.sgd, sgds._single_tensor_sgd)
-        return [getattr(piece, "_torchdynamo_orig_callable", piece) for piece in (*of_adam, *of_sgd)]
+        return [*of_adam, SGD._init_group, sgds.sgd, sgds._single_tensor_sgd]
 
-    TORCHS = pieces()
+    _TORCHS = _pieces()
 except (ImportError, AttributeError):  # no public parts of torch: where they are not what they were, one does without
     is_known = False
 else:
     is_known = True
+
+
+def are_torchs() -> bool:
+    """Whether torch's steps are made of what they were; its compiler, once loaded, has wrapped some of it."""
+    pieces = _pieces()
+    return pieces == _TORCHS or [getattr(piece, "_torchdynamo_orig_callable", piece) for piece in pieces] == _TORCHS
+
 
 OTHER_WAYS = ("foreach", "fused", "capturable", "differentiable", "maximize", "amsgrad")
 """Settings of a group with which torch updates in yet another way."""
@@ -46,6 +51,11 @@ class AdamSettings(NamedTuple):
     eps: float
     weight_decay: float
     decoupled_weight_decay: bool
+
+    @staticmethod
+    def names() -> tuple[str, ...]:
+        """All settings that a group has."""
+        return ("lr", "betas", "eps", "weight_decay", "decoupled_weight_decay", *OTHER_WAYS)
 
     @classmethod
     def of(cls, group: Mapping[str, Any]) -> AdamSettings:
@@ -105,6 +115,11 @@ class SgdSettings(NamedTuple):
     nesterov: bool
 
     @classmethod
+    def names(cls) -> tuple[str, ...]:
+        """All settings that a group has."""
+        return (*cls._fields, "foreach", "fused", "differentiable", "maximize")
+
+    @classmethod
     def of(cls, group: Mapping[str, Any]) -> SgdSettings:
         """Those of one of the optimizer's `param_groups`."""
         return cls(*(group[name] for name in cls._fields))
@@ -145,13 +160,16 @@ class SgdSettings(NamedTuple):
         sgds.sgd(parameters, grads, buffers, **self._asdict(), maximize=False, foreach=False)
 
 
+Settings = AdamSettings | SgdSettings
+
+
 def _are_numbers_and_a_flag(settings: tuple[Any, ...]) -> bool:
     """Whether all but the last are numbers of Python, with which torch computes, too."""
     return {*map(type, settings[:-1])} <= {float, int} and type(settings[-1]) is bool
 
 
 @lru_cache(maxsize=100)
-def has_torchs_bits(settings: AdamSettings | SgdSettings) -> bool:
+def has_torchs_bits(settings: Settings) -> bool:
     """Whether steps of some small parameters give the bits of torch's single-tensor update."""
     sizes = (1, 7, 64, 99)
 

@@ -103,7 +103,9 @@ def test_the_bits_are_torchs_and_its_wrapping_is_gone(name: str) -> None:
     train(plain, OPTIMIZERS[name]([*plain.parameters()]))
     mine = Open(OPTIMIZERS[name])
     wrapped = mine.calls_of_wrapper(lambda: train(mine.model, mine.optimizer))
-    assert wrapped == 0 or name == "a subclass", "what its own code calls, it calls as ever"
+    # Once something was compiled in this process, the step of LBFGS is marked as not to be: no longer torch's wrapper.
+    is_marked = name == "LBFGS" and hasattr(type(mine.optimizer).step, "_torchdynamo_disable")
+    assert wrapped == 0 or is_marked or name == "a subclass", "what its own code calls, it calls as ever"
     assert mine.watch.stepped == {id(mine.optimizer)}
     for one, other in zip(plain.parameters(), mine.model.parameters(), strict=True):
         assert torch.equal(one, other)

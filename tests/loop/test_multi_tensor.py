@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import weakref
 from typing import TYPE_CHECKING, Any
 
@@ -218,6 +219,123 @@ def test_parameters_without_gradients_are_left_out(lean: Lean) -> None:
     assert contents(lean.parameters, lean.optimizer) == contents(*theirs)
 
 
+@pytest.mark.parametrize(
+    ("way", "expected"),
+    [("Adam", [False, True, True, False, False]), ("SGD with momentum", [False, True, True, True, True])],
+)
+def test_a_gradient_that_is_missing_for_a_while(
+    way: str, expected: list[bool], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its counter of Adam is another one from then on."""
+
+    def without(optimizer: Any, step: int) -> None:
+        if step == 2:
+            optimizer.param_groups[0]["params"][1].grad = None
+
+    mine = Lean(WAYS[way], monkeypatch)
+    for number in range(5):
+        give_gradients(mine.parameters, number)
+        without(mine.optimizer, number)
+        mine.optimizer.step()
+    assert mine.at_once == expected
+    assert contents(mine.parameters, mine.optimizer) == contents(*stepped(WAYS[way], steps=5, act=without))
+
+
+@pytest.mark.parametrize("way", ["Adam", "SGD with momentum"])
+def test_state_that_lies_in_another_order_is_found(way: str) -> None:
+    made: list[tuple[list[nn.Parameter], Optimizer]] = []
+    for is_mine in (True, False):
+        values = [nn.Parameter(torch.full((5,), float(number))) for number in range(4)]
+        optimizer = WAYS[way](values)
+        at_once = MultiTensorStep(optimizer)
+        for step in range(4):
+            for number, value in enumerate(values):
+                value.grad = torch.full((5,), 0.3 * number - step)
+            if step and is_mine:
+                assert at_once()
+            else:
+                optimizer.step()
+            if not step:
+                last_first = [*optimizer.state.items()][::-1]
+                optimizer.state.clear()
+                optimizer.state.update(last_first)
+        made.append((values, optimizer))
+    mine, theirs = made
+    assert contents(*mine) == contents(*theirs)
+
+
+def test_no_parameter_is_looked_up_whose_state_lies_in_its_place(lean: Lean, monkeypatch: pytest.MonkeyPatch) -> None:
+    for number in range(2):
+        give_gradients(lean.parameters, number)
+        lean.optimizer.step()
+    looked_up: list[Any] = []
+    monkeypatch.setattr(torch.Tensor, "__hash__", lambda tensor: looked_up.append(tensor) or id(tensor))
+    lean.optimizer.step()
+    assert lean.at_once == [False, True, True]
+    assert not looked_up
+
+
+def test_gradients_may_lie_on_both_sides_of_a_parameter(lean: Lean) -> None:
+    memory = torch.arange(1.0, 13.0)
+    first, second, third = (nn.Parameter(torch.zeros(())) for _ in range(3))
+    first.data, first.grad = memory[4:8], memory[:4]
+    second.data, second.grad = memory[8:9], memory[9:10]
+    third.data, third.grad = memory[10:11], torch.ones(1)
+    optimizer = WAYS["SGD"]([first, second, third])
+    assert MultiTensorStep(optimizer)()
+    expected = [*range(1, 5), *(5 - 0.1, 6 - 0.2, 7 - 0.3, 8 - 0.4), 9 - 1.0, 10, 11 - 0.1, 12]
+    assert torch.allclose(memory, torch.tensor(expected))
+
+
+def test_betas_in_a_list_may_be_changed_in_it() -> None:
+    made: list[tuple[list[nn.Parameter], Optimizer]] = []
+    for is_mine in (True, False):
+        values = parameters()
+        optimizer = torch.optim.Adam(values)
+        optimizer.param_groups[0]["betas"] = [0.8, 0.9]
+        at_once = MultiTensorStep(optimizer)
+        for step in range(4):
+            give_gradients(values, step)
+            optimizer.param_groups[0]["betas"][0] = 0.5 + step / 10
+            if step and is_mine:
+                assert at_once()
+            else:
+                optimizer.step()
+        made.append((values, optimizer))
+    mine, theirs = made
+    assert contents(*mine) == contents(*theirs)
+
+
+@pytest.mark.parametrize("way", ["SGD", "SGD of Nesterov"])
+@pytest.mark.parametrize("setting", ["foreach", "maximize", "differentiable", "fused"])
+def test_what_a_group_of_sgd_is_told_later_is_followed(way: str, setting: str) -> None:
+    mine = parameters()
+    optimizer = WAYS[way](mine)
+    at_once = MultiTensorStep(optimizer)
+    give_gradients(mine, 0)
+    optimizer.step()
+    assert at_once()
+    optimizer.param_groups[0][setting] = True
+    assert not at_once()
+    optimizer.param_groups[0][setting] = False
+    assert at_once()
+
+
+def test_pieces_that_torchs_compiler_has_wrapped_are_torchs(lean: Lean, monkeypatch: pytest.MonkeyPatch) -> None:
+    original = adams.adam
+
+    @functools.wraps(original)
+    def wrapped(*args: Any, **kwargs: Any) -> None:
+        original(*args, **kwargs)
+
+    wrapped._torchdynamo_orig_callable = original  # type: ignore[attr-defined]
+    monkeypatch.setattr(adams, "adam", wrapped)
+    for number in range(2):
+        give_gradients(lean.parameters, number)
+        lean.optimizer.step()
+    assert lean.at_once == [False, True]
+
+
 # -- what is left to torch ------------------------------------------------------------------------------
 
 
@@ -364,6 +482,7 @@ UNUSUAL: dict[str, Callable[[Any], None]] = {
     "a counter that is a truth": with_state("step", torch.Tensor.bool),
     "two counters": with_state("step", lambda tensor: tensor.repeat(2)),
     "counters below zero": lambda optimizer: [each["step"].fill_(-1) for each in optimizer.state.values()],
+    "no betas": with_setting(betas=None),
     "three betas": with_setting(betas=(0.9, 0.99, 0.999)),
     "a beta of one": with_setting(betas=(1.0, 0.9)),
     "a beta above one": with_setting(betas=(0.9, 1.5)),
@@ -373,6 +492,7 @@ UNUSUAL: dict[str, Callable[[Any], None]] = {
     "maximize": with_setting(maximize=True),
     "a number of NumPy": with_setting(lr=np.float64(0.1)),
     "a tensor as the rate": with_setting(lr=torch.tensor(0.1)),
+    "a tensor as the rate, of the same value": with_setting(lr=torch.tensor(0.5)),
     "a tensor of a decay": with_setting(weight_decay=torch.tensor(0.1)),
     "parameters in one memory": overlapping,
     "state of another kind": with_tagged_state,
