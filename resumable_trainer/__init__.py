@@ -3,6 +3,7 @@
 The house, floor by floor; a room imports only from floors below it (a test reads the imports):
 
     floor 0  errors       every error and its exit code
+             garbage      a rest for Python's garbage collector
     floor 1  durable/     bytes that survive power loss: files, digests, journals, the lock
     floor 2  snapshot/    the record on disk: tensors, typed JSON, manifest, store, retention
                           (and the scribe, a process beside the training for small snapshots that come often)
@@ -22,9 +23,10 @@ Public names load on first use, so that commands that only look never import tor
 
 from __future__ import annotations
 
-import gc
 import importlib
 from typing import TYPE_CHECKING
+
+from resumable_trainer.garbage import WithoutCollections
 
 if TYPE_CHECKING:
     from resumable_trainer.errors import (
@@ -117,14 +119,8 @@ def __getattr__(name: str) -> object:
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     # importlib, not `from . import x`: inside a module's __getattr__ the statement would call itself for ever.
-    # Without the garbage collector: it would walk all that torch has loaded, which takes as long as the import itself.
-    collects = gc.isenabled()
-    gc.disable()
-    try:
+    with WithoutCollections():  # they would walk all that torch has loaded, which takes as long as the import itself
         value = getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
-    finally:
-        if collects:
-            gc.enable()
     globals()[name] = value
     return value
 

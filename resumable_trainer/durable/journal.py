@@ -384,14 +384,14 @@ def rows_after(path: Path, offset: int) -> Iterator[tuple[int, dict[str, Any]]]:
         ValueError: A line in the middle is damaged; the message names it.
         OSError: It cannot be read.
     """
-    after = f" after byte {offset}" if offset else ""
+    after = (f"after byte {offset}",) if offset else ()
     with reading(path) as file:
         file.seek(offset)
         for number, line in enumerate(file, start=1):
             if not line.endswith(b"\n"):
                 return
             offset += len(line)
-            yield offset, _parsed(line, f"{path} line {number}{after}")
+            yield offset, _parsed(line, path, "line", number, *after)
 
 
 def read_rows_from_end(path: Path, *, holding: Collection[bytes] = ()) -> Iterator[dict[str, Any]]:
@@ -408,16 +408,16 @@ def read_rows_from_end(path: Path, *, holding: Collection[bytes] = ()) -> Iterat
     with reading(path) as file:
         for line in _lines_from_end(file.fileno(), os.fstat(file.fileno()).st_size, holding):
             if _holds(line, holding):
-                yield _parsed(line, f"{path} line {line[:_SHOWN_BYTES]!r}")
+                yield _parsed(line, path, "line", line[:_SHOWN_BYTES])
 
 
-def _parsed(line: bytes, name: str) -> dict[str, Any]:
+def _parsed(line: bytes, *where: object) -> dict[str, Any]:
     try:
         row = _decode(line.decode())
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{name} is damaged: {error}") from error
+        raise ValueError(f"{' '.join(map(str, where))} is damaged: {error}") from error
     if not isinstance(row, dict):
-        raise ValueError(f"{name} is damaged: it is no object")
+        raise ValueError(f"{' '.join(map(str, where))} is damaged: it is no object")
     return row
 
 

@@ -11,6 +11,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from resumable_trainer.errors import DamagedSnapshotError, StateMismatchError
+from resumable_trainer.garbage import WithoutCollections
 from resumable_trainer.manager.held import usable
 from resumable_trainer.snapshot.opened import OpenSnapshot
 from resumable_trainer.snapshot.tree import BAD_VALUES
@@ -54,7 +55,7 @@ class Applying:
         assert found.manifest is not None
         path = self._run.store.path(found.manifest.name)
         with (
-            filling.WithoutCollections(),
+            WithoutCollections(),
             OpenSnapshot(path, found.manifest, is_verified=found.is_verified) as snapshot,
         ):
             with usable(self._run.directory):

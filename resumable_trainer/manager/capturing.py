@@ -11,11 +11,12 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
+from resumable_trainer.garbage import WithoutCollections
 from resumable_trainer.snapshot.layout import FROZEN
 from resumable_trainer.snapshot.plan import Planner
 from resumable_trainer.snapshot.tree import Flat, Plain, references
 from resumable_trainer.snapshot.unchanged import WORTH_BYTES
-from resumable_trainer.state import filling, generators, modes
+from resumable_trainer.state import generators, modes
 from resumable_trainer.state.overlap import Fence, changed_by_steps_alone
 from resumable_trainer.state.parts import capture_part
 from resumable_trainer.state.staging import Arena
@@ -58,7 +59,7 @@ class Capturing:
             sections: Trees beside the parts.
             watch: Says whose gradients an optimizer step has used; without one all are saved.
         """
-        with filling.WithoutCollections():
+        with WithoutCollections():
             trees = self._trees(watch.used_gradients() if watch is not None else set())
             trees.update(sections)
             if "generators" not in trees:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from resumable_trainer.durable.files import TEMPORARY_PREFIX
 from resumable_trainer.durable.lock import is_alive, read_owner
+from resumable_trainer.garbage import WithoutCollections
 from resumable_trainer.metrics.account import Account
 from resumable_trainer.report.summary import goodput_of, is_run, place_of, state_of
 from resumable_trainer.snapshot.layout import EVENTS, RUN_LOCK
@@ -56,7 +57,8 @@ class Line:
 
 def overview(root: Path) -> list[Line]:
     """All runs below a directory, and the directory itself if it is one; in order of their names."""
-    return [_line(directory) for directory in _runs(root, _MAX_DEPTH)]
+    with WithoutCollections():
+        return [_line(directory) for directory in _runs(root, _MAX_DEPTH)]
 
 
 def _runs(root: Path, depth: int) -> Iterator[Path]:

@@ -21,7 +21,7 @@ def parse(data: bytes, *, max_bytes: int) -> Any:
     if len(data) > max_bytes:
         raise ValueError(f"{len(data)} bytes of JSON, at most {max_bytes} are read")
     try:
-        value = json.loads(data.decode("utf-8"), object_pairs_hook=_unique, parse_constant=_refuse)
+        value = _decode(data.decode("utf-8"))
     except RecursionError:
         raise ValueError("JSON is nested too deep") from None
     _check_depth(value)
@@ -52,3 +52,6 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 def _refuse(token: str) -> NoReturn:
     raise ValueError(f"JSON holds {token}")
+
+
+_decode = json.JSONDecoder(object_pairs_hook=_unique, parse_constant=_refuse).decode

@@ -11,7 +11,6 @@ tensors that were filled.
 
 from __future__ import annotations
 
-import gc
 from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
@@ -106,18 +105,6 @@ class Filling:
                 other.copy_(source)
         torch.autograd.graph.increment_version(list(self.targets.values()))
         return self.finish()
-
-
-class WithoutCollections:
-    """Let the garbage collector rest: among ten thousand new tensors it takes longer than all else, for nothing."""
-
-    def __enter__(self) -> None:
-        self._was_on = gc.isenabled()
-        gc.disable()
-
-    def __exit__(self, *_: object) -> None:
-        if self._was_on:
-            gc.enable()
 
 
 def can_plan(part: object) -> bool:

@@ -15,6 +15,7 @@ PACKAGE = Path(resumable_trainer.__file__).parent
 TORCH_FILE = PACKAGE / "snapshot" / "torch_file.py"
 FLOORS = {
     "errors": 0,
+    "garbage": 0,
     "durable": 1,
     "snapshot": 2,
     "state": 2,
@@ -30,6 +31,7 @@ FLOORS = {
 }
 TORCH_FREE = [
     "errors",
+    "garbage",
     "durable.files",
     "durable.digest",
     "durable.filesystem",
