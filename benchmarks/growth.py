@@ -34,7 +34,7 @@ def growths(bench: Bench) -> Iterator[Row]:
         for name, directory in directories.items()
     }
     with started(workers):
-        m, failed = in_lockstep(workers, rounds=bench.pick(9, 5))
+        m, failed = in_lockstep(workers, rounds=bench.pick(25, 5))
     age = f"after {epochs * _ROWS_PER_EPOCH:,} rows, {epochs:,} snapshots kept"
     what = f"a snapshot in the foreground, and {_MEASURED_ROWS} rows, {age}"
     if failed:

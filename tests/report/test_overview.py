@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import gc
 import json
 from typing import TYPE_CHECKING
 
+import pytest
 from small import Small
 
 from resumable_trainer.cli.main import main
+from resumable_trainer.report import overview as overview_module
 from resumable_trainer.report.overview import overview
 
 if TYPE_CHECKING:
     from pathlib import Path
-
-    import pytest
+    from typing import Any
 
 
 def test_runs_are_found_at_any_depth_with_state_progress_and_goodput(
@@ -43,3 +45,25 @@ def test_a_directory_without_runs_is_said_and_one_that_is_not_there_is_an_error(
     assert main(["runs", str(tmp_path)]) == 0
     assert "there is no run" in capsys.readouterr().out
     assert main(["runs", str(tmp_path / "missing")]) == 66
+
+
+@pytest.mark.parametrize("is_on", [True, False])
+def test_the_garbage_collector_rests_and_is_then_as_before(
+    is_on: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    Small().train(tmp_path / "run", epochs=1)
+    within: list[bool] = []
+    original = overview_module._line
+
+    def noted(directory: Path) -> Any:
+        within.append(gc.isenabled())
+        return original(directory)
+
+    monkeypatch.setattr(overview_module, "_line", noted)
+    (gc.enable if is_on else gc.disable)()
+    try:
+        assert len(overview(tmp_path)) == 1
+        assert gc.isenabled() is is_on
+    finally:
+        gc.enable()
+    assert within == [False]
