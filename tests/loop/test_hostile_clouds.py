@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import subprocess
 import sys
@@ -19,6 +20,7 @@ from resumable_trainer.loop.cloud_sources import Asked, Aws, Azure, Google
 from resumable_trainer.loop.clouds import Watch
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from pathlib import Path
 
 
@@ -31,6 +33,13 @@ def until(holds: Any) -> None:
     while not holds():
         assert time.monotonic() < deadline
         time.sleep(0.005)
+
+
+def stays(value: Callable[[], object]) -> bool:
+    """Whether it is the same after half a second."""
+    before = value()
+    time.sleep(0.5)
+    return value() == before
 
 
 def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -102,6 +111,34 @@ def test_a_thread_that_waits_for_azures_first_answer_ends_with_the_watch() -> No
         until(lambda: server.requests)
         watch.stop()
         until(lambda: not watching())
+
+
+def test_a_service_that_still_sends_is_told_when_it_is_called_off(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Though what it has sent is read to its end: without a reset it would wait for the window to open again."""
+    begun, goes_on = threading.Event(), threading.Event()
+    original = metadata_service._InTime.readinto
+
+    def readinto(this: Any, buffer: Any) -> int:
+        begun.set()
+        goes_on.wait()
+        return original(this, buffer)
+
+    monkeypatch.setattr(metadata_service._InTime, "readinto", readinto)
+    with hostile("enormous") as server:
+        service = metadata_service.MetadataService(f"http://{server.host}")
+
+        def ask() -> None:
+            with contextlib.suppress(OSError, ValueError):
+                service.ask("/", {}, timeout=60)
+
+        asking = threading.Thread(target=ask)
+        asking.start()
+        begun.wait()
+        until(lambda: server.num_bytes and stays(lambda: server.num_bytes))
+        service.call_off()
+        goes_on.set()
+        asking.join()
+        until(lambda: not server.open)
 
 
 def test_a_process_ends_in_order_while_an_answer_is_waited_for(tmp_path: Path) -> None:
