@@ -408,16 +408,16 @@ def read_rows_from_end(path: Path, *, holding: Collection[bytes] = ()) -> Iterat
     with reading(path) as file:
         for line in _lines_from_end(file.fileno(), os.fstat(file.fileno()).st_size, holding):
             if _holds(line, holding):
-                yield _parsed(line, path, "line", line[:_SHOWN_BYTES])
+                yield _parsed(line, path, "line", repr(line[:_SHOWN_BYTES]))
 
 
 def _parsed(line: bytes, *where: object) -> dict[str, Any]:
     try:
         row = _decode(line.decode())
+        if not isinstance(row, dict):
+            raise ValueError("it is no object")
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{' '.join(map(str, where))} is damaged: {error}") from error
-    if not isinstance(row, dict):
-        raise ValueError(f"{' '.join(map(str, where))} is damaged: it is no object")
     return row
 
 

@@ -123,7 +123,7 @@ class MultiTensorStep:
                 continue
             end = begin + len(parameters)
             if end <= len(owners) and all(map(is_, owners[begin:end], parameters)):
-                states = kept[begin:end]  # as good as ever: it is quicker to see than each is to look up
+                states = kept[begin:end]  # nearly always, and quicker to see than each is to look up
             else:
                 states = [state.get(parameter, {}) for parameter in parameters]
             begin = end

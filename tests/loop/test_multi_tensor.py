@@ -219,55 +219,50 @@ def test_parameters_without_gradients_are_left_out(lean: Lean) -> None:
     assert contents(lean.parameters, lean.optimizer) == contents(*theirs)
 
 
+def with_a_gradient_missing_once(optimizer: Any, step: int) -> None:
+    if step == 2:
+        optimizer.param_groups[0]["params"][1].grad = None
+
+
+def with_state_in_another_order(optimizer: Any, step: int) -> None:
+    if step == 1:
+        last_first = [*optimizer.state.items()][::-1]
+        optimizer.state.clear()
+        optimizer.state.update(last_first)
+
+
+def with_betas_in_a_list(optimizer: Any, step: int) -> None:
+    for group in optimizer.param_groups:
+        if not step:
+            group["betas"] = [0.8, 0.9]
+        group["betas"][0] = 0.5 + step / 10
+
+
 @pytest.mark.parametrize(
-    ("way", "expected"),
-    [("Adam", [False, True, True, False, False]), ("SGD with momentum", [False, True, True, True, True])],
+    ("way", "change", "counters_differ"),
+    [
+        ("Adam", with_a_gradient_missing_once, True),
+        ("SGD with momentum", with_a_gradient_missing_once, False),
+        ("Adam", with_state_in_another_order, False),
+        ("SGD with momentum", with_state_in_another_order, False),
+        ("Adam", with_betas_in_a_list, False),
+    ],
 )
-def test_a_gradient_that_is_missing_for_a_while(
-    way: str, expected: list[bool], monkeypatch: pytest.MonkeyPatch
+def test_what_changes_between_two_steps_is_followed(
+    way: str, change: Callable[[Any, int], None], counters_differ: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Its counter of Adam is another one from then on."""
-
-    def without(optimizer: Any, step: int) -> None:
-        if step == 2:
-            optimizer.param_groups[0]["params"][1].grad = None
-
     mine = Lean(WAYS[way], monkeypatch)
     for number in range(5):
         give_gradients(mine.parameters, number)
-        without(mine.optimizer, number)
+        change(mine.optimizer, number)
         mine.optimizer.step()
-    assert mine.at_once == expected
-    assert contents(mine.parameters, mine.optimizer) == contents(*stepped(WAYS[way], steps=5, act=without))
-
-
-@pytest.mark.parametrize("way", ["Adam", "SGD with momentum"])
-def test_state_that_lies_in_another_order_is_found(way: str) -> None:
-    made: list[tuple[list[nn.Parameter], Optimizer]] = []
-    for is_mine in (True, False):
-        values = [nn.Parameter(torch.full((5,), float(number))) for number in range(4)]
-        optimizer = WAYS[way](values)
-        at_once = MultiTensorStep(optimizer)
-        for step in range(4):
-            for number, value in enumerate(values):
-                value.grad = torch.full((5,), 0.3 * number - step)
-            if step and is_mine:
-                assert at_once()
-            else:
-                optimizer.step()
-            if not step:
-                last_first = [*optimizer.state.items()][::-1]
-                optimizer.state.clear()
-                optimizer.state.update(last_first)
-        made.append((values, optimizer))
-    mine, theirs = made
-    assert contents(*mine) == contents(*theirs)
+    assert mine.at_once == [False, True, True, not counters_differ, not counters_differ]
+    assert contents(mine.parameters, mine.optimizer) == contents(*stepped(WAYS[way], steps=5, act=change))
 
 
 def test_no_parameter_is_looked_up_whose_state_lies_in_its_place(lean: Lean, monkeypatch: pytest.MonkeyPatch) -> None:
-    for number in range(2):
-        give_gradients(lean.parameters, number)
-        lean.optimizer.step()
+    for step in range(2):
+        lean.step(step)
     looked_up: list[Any] = []
     monkeypatch.setattr(torch.Tensor, "__hash__", lambda tensor: looked_up.append(tensor) or id(tensor))
     lean.optimizer.step()
@@ -285,25 +280,6 @@ def test_gradients_may_lie_on_both_sides_of_a_parameter(lean: Lean) -> None:
     assert MultiTensorStep(optimizer)()
     expected = [*range(1, 5), *(5 - 0.1, 6 - 0.2, 7 - 0.3, 8 - 0.4), 9 - 1.0, 10, 11 - 0.1, 12]
     assert torch.allclose(memory, torch.tensor(expected))
-
-
-def test_betas_in_a_list_may_be_changed_in_it() -> None:
-    made: list[tuple[list[nn.Parameter], Optimizer]] = []
-    for is_mine in (True, False):
-        values = parameters()
-        optimizer = torch.optim.Adam(values)
-        optimizer.param_groups[0]["betas"] = [0.8, 0.9]
-        at_once = MultiTensorStep(optimizer)
-        for step in range(4):
-            give_gradients(values, step)
-            optimizer.param_groups[0]["betas"][0] = 0.5 + step / 10
-            if step and is_mine:
-                assert at_once()
-            else:
-                optimizer.step()
-        made.append((values, optimizer))
-    mine, theirs = made
-    assert contents(*mine) == contents(*theirs)
 
 
 @pytest.mark.parametrize("way", ["SGD", "SGD of Nesterov"])
@@ -330,9 +306,8 @@ def test_pieces_that_torchs_compiler_has_wrapped_are_torchs(lean: Lean, monkeypa
 
     wrapped._torchdynamo_orig_callable = original  # type: ignore[attr-defined]
     monkeypatch.setattr(adams, "adam", wrapped)
-    for number in range(2):
-        give_gradients(lean.parameters, number)
-        lean.optimizer.step()
+    for step in range(2):
+        lean.step(step)
     assert lean.at_once == [False, True]
 
 
